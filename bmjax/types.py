@@ -1,0 +1,169 @@
+"""The shared words. Everything else in bmjax is functions over these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import numpy as np
+
+Params: TypeAlias = Any  # nested dict of jax.Array, whatever module library made it
+Batch: TypeAlias = Mapping[str, Any]  # "inputs", "targets", "weights", "id" and any extra keys; the first axis is the example
+
+
+class Mean(NamedTuple):
+    """A weighted mean that has not been divided yet, so that shards and ragged batches add up exactly.
+
+    Attributes:
+        total: scalar, sum over items of weight * value.
+        count: scalar, sum of the weights. It carries no gradient.
+    """
+
+    total: jax.Array
+    count: jax.Array
+
+    def value(self) -> jax.Array:
+        """`total / count`, and 0 where nothing was counted."""
+        import jax.numpy as jnp
+
+        return jnp.where(self.count > 0, self.total / jnp.where(self.count > 0, self.count, 1), 0.0)
+
+
+class Outputs(NamedTuple):
+    """What a model's forward pass returns.
+
+    Attributes:
+        logits: [..., classes].
+        features: {name: [B, ...]}; only what was asked for, one entry a layer ("layers/3/mlp") under scan too.
+        head: (hidden [..., width], kernel [width, classes], bias [classes] or None), for losses fused with the last layer.
+    """
+
+    logits: jax.Array
+    features: dict[str, jax.Array]
+    head: tuple[jax.Array, jax.Array, jax.Array | None] | None = None
+
+
+class TrainState(NamedTuple):
+    """All that the step donates and a checkpoint saves.
+
+    Attributes:
+        step: int32 scalar, updates done so far; also the position in the data.
+        params: {"model": tree, "loss": {term name: tree}}.
+        model_state: batch statistics and the like; {} for most models.
+        opt_state: the optimiser's state; pruning masks live here.
+        extra: {name: tree}, state of loss terms (a memory bank), an EMA teacher.
+        rng: typed PRNG key; never advanced, steps fold their number in.
+    """
+
+    step: jax.Array
+    params: dict[str, Params]
+    model_state: Params
+    opt_state: Any
+    extra: dict[str, Any]
+    rng: jax.Array
+
+
+class Model(Protocol):
+    """A network as pure functions. `bmjax.models` makes them; an adapter wraps anything else."""
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, int]]:
+        """{size name: (parameter path, axis)}: the axes that `resize` can change, each named by one member."""
+        ...
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Params]:
+        """Returns (params, model_state)."""
+        ...
+
+    def apply(
+        self,
+        params: Params,
+        model_state: Params,
+        batch: Batch,
+        *,
+        train: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Outputs, Params]:
+        """Returns (outputs, new model_state). `capture` names the features to return."""
+        ...
+
+    def resize(self, sizes: Mapping[str, int]) -> Model:
+        """The same architecture with other sizes; keys are those of `axes`."""
+        ...
+
+
+class Context(NamedTuple):
+    """What a loss term may see beside the models' outputs.
+
+    Attributes:
+        params: the term's own trained parameters, from its `init`.
+        state: the term's own state, from its `init`.
+        step: int32 scalar.
+        key: PRNG key of this step and term.
+        psum: sum over all shards of the batch; the identity where the compiler does it.
+        all_gather: concatenates all shards of the batch along axis 0; the identity where the compiler does it.
+    """
+
+    params: Params
+    state: Any
+    step: jax.Array
+    key: jax.Array
+    psum: Callable[[Any], Any]
+    all_gather: Callable[[Any], Any]
+
+
+class Term(NamedTuple):
+    """A loss term in its full form. A plain `(student, teacher, batch) -> Mean` is accepted wherever a Term is.
+
+    Attributes:
+        init: (key, student Outputs, teacher Outputs or None) -> (params, state); it sees abstract shapes.
+        apply: (ctx, student, teacher, batch) -> Mean or (Mean, new state).
+        student_features, teacher_features: names that the forward passes must capture for it.
+        relates_examples: True if an item's value depends on the other examples; refused under gradient accumulation.
+    """
+
+    init: Callable[..., tuple[Params, Any]]
+    apply: Callable[..., Any]
+    student_features: tuple[str, ...] = ()
+    teacher_features: tuple[str, ...] = ()
+    relates_examples: bool = False
+
+
+View: TypeAlias = Callable[[Params, Any, jax.Array], Params]  # (params, opt_state, step) -> what the forward pass sees
+LossTerm: TypeAlias = Term | Callable[..., Mean]
+
+
+class Member(NamedTuple):
+    """One axis of one parameter in a group.
+
+    Attributes:
+        path: parameter path, as in `trees.paths`.
+        axis: axis of the whole array (a scanned axis counts).
+        index: int [size, block]; row i lists the positions on `axis` that belong to element i of the group.
+    """
+
+    path: str
+    axis: int
+    index: np.ndarray
+
+
+class Group(NamedTuple):
+    """Axes that shrink together: removing element i removes row i of every member's index from its axis.
+
+    Attributes:
+        name: the model's own name for it ("heads"), or the first member's "path:axis".
+        size: number of elements.
+        stack: number of scanned layers that may each choose their own elements (at equal counts); 0 if all share one choice.
+            Then every member's axis 0 is the scanned axis, a keep-mask is [stack, size], and without a stack it is [size].
+        members: what to cut.
+        note: "" if masking and removing give the same outputs; else one line that says why they differ
+            ("LayerNorm statistics change").
+    """
+
+    name: str
+    size: int
+    stack: int
+    members: tuple[Member, ...]
+    note: str = ""
