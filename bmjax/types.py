@@ -21,7 +21,7 @@ class Mean(NamedTuple):
     """
 
     total: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
     def value(self) -> jax.Array:
         """`total / count`, and 0 where nothing was counted."""
@@ -146,7 +146,7 @@ class Member(NamedTuple):
 
     path: str
     axis: int
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # shadows tuple.index, on purpose
 
 
 class Group(NamedTuple):

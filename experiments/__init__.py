@@ -1,0 +1,1 @@
+"""Launchers: absl flags in, one call into bmjax."""
