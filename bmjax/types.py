@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Params: TypeAlias = Any  # nested dict of jax.Array, whatever module library made it
@@ -23,10 +24,20 @@ class Mean(NamedTuple):
     total: jax.Array
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
+    @classmethod
+    def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
+        """The Mean of per-item values; an item of weight 0 cannot poison it, nor its gradient.
+
+        Args:
+            values: [...] float.
+            weights: 0 or more; the shape of `values` or its leading axes: a weight [B] holds for all positions of [B, T].
+        """
+        weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)).astype(jnp.float32)
+        weights = jax.lax.stop_gradient(jnp.broadcast_to(weights, values.shape))
+        return cls(jnp.sum(weights * jnp.where(weights > 0, values, 0.0)), jnp.sum(weights))
+
     def value(self) -> jax.Array:
         """`total / count`, and 0 where nothing was counted."""
-        import jax.numpy as jnp
-
         return jnp.where(self.count > 0, self.total / jnp.where(self.count > 0, self.count, 1), 0.0)
 
 
