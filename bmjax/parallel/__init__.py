@@ -1,6 +1,7 @@
 """Devices: meshes from a string, rules that partition parameters, collectives over the batch."""
 
 from bmjax.parallel import collectives as collectives
+from bmjax.parallel.launch import simulate as simulate
 from bmjax.parallel.mesh import batch_sharding as batch_sharding
 from bmjax.parallel.mesh import check_batch as check_batch
 from bmjax.parallel.mesh import is_partitioned as is_partitioned

@@ -29,7 +29,9 @@ def over(axis: str | None) -> Iterator[None]:
 
 
 def _varies(x: jax.Array, axis: str) -> bool:
-    return axis in jax.typeof(x).vma
+    kind: Any = jax.typeof(x)
+    # The attribute was called vma up to jax 0.9.
+    return axis in (kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
 
 
 def psum(tree: Any) -> Any:

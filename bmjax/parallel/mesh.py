@@ -85,7 +85,12 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays onto the mesh, each device its own rows."""
+    """Host arrays onto the mesh, each device its own rows.
+
+    Raises:
+        ValueError: the rows do not divide over the devices.
+    """
+    check_batch(len(next(iter(batch.values()))), mesh)
     if mesh.size == 1:
         return jax.device_put(batch, mesh.devices.flat[0])
     return jax.device_put({name: np.asarray(value) for name, value in batch.items()}, batch_sharding(mesh))

@@ -1,0 +1,143 @@
+"""Batches: for training by step number, for evaluation padded, and prepared ahead in a thread.
+
+Items of the Grain dataset are whole batches, gathered in one NumPy call: a Grain element an example costs 100 times more.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bmjax.data.dataset import Split
+
+if TYPE_CHECKING:
+    import grain
+
+
+def train_batches(split: Split, batch: int, seed: int, *, shift: int = 0) -> grain.MapDataset:
+    """A dataset whose item i is the whole batch of step i, for any i.
+
+    Each epoch is a new permutation of all examples that depends on (seed, epoch); a batch may hold the end of one and the start
+    of the next, so that no example is dropped.
+
+    Args:
+        split: the examples.
+        batch: examples in a batch.
+        seed: of the shuffling and shifting.
+        shift: moves each image [H, W, C] by up to so many pixels each way, filled with 0; depends on (seed, step) only.
+
+    Returns:
+        A Grain dataset of {"inputs": float32 [B, ...], "targets": int32 [B], "weights": float32 ones [B], "id": int32 [B]}.
+
+    Raises:
+        ValueError: the batch is smaller than 1 or larger than the split, the seed is negative, the inputs are no images to shift.
+    """
+    import grain
+
+    if not 1 <= batch <= len(split):
+        raise ValueError(f"the batch size is {batch}; expected 1 to {len(split)}, the examples of the train split")
+    if seed < 0:
+        raise ValueError(f"the data seed is {seed}; expected at least 0")
+    if shift and (split.inputs.ndim != 4 or not 0 < shift < min(split.inputs.shape[1:3])):
+        raise ValueError(
+            f"shift is {shift} for inputs {list(split.inputs.shape[1:])}; expected images [H, W, C] larger than the shift"
+        )
+    return grain.MapDataset.source(_TrainSource(split, batch, seed, shift))
+
+
+class _TrainSource:
+    """Batches by step, for Grain."""
+
+    def __init__(self, split: Split, batch: int, seed: int, shift: int) -> None:
+        self._split, self._batch, self._seed, self._shift = split, batch, seed, shift
+        self._weights = np.ones(batch, np.float32)
+        self._weights.flags.writeable = False  # shared by all batches
+        self._permutation = functools.lru_cache(2)(self._new_permutation)
+        self._windows = _windows(split.inputs, shift) if shift else None
+
+    def __len__(self) -> int:
+        return sys.maxsize // self._batch
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        rows = self._rows(step)
+        if self._windows is None:
+            inputs = self._split.inputs.take(rows, axis=0)
+        else:
+            move = np.random.default_rng((self._seed, 1, step)).integers(0, 2 * self._shift + 1, (2, self._batch))
+            inputs = self._windows[rows, move[0], move[1]]
+        return {
+            "inputs": inputs,
+            "targets": self._split.targets.take(rows),
+            "weights": self._weights,
+            "id": self._split.id.take(rows),
+        }
+
+    def _rows(self, step: int) -> np.ndarray:
+        epoch, first = divmod(step * self._batch, len(self._split))
+        rows = self._permutation(epoch)[first : first + self._batch]
+        missing = self._batch - len(rows)
+        return np.concatenate([rows, self._permutation(epoch + 1)[:missing]]) if missing else rows
+
+    def _new_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, 0, epoch)).permutation(len(self._split))
+
+
+def _windows(images: np.ndarray, shift: int) -> np.ndarray:
+    """View [n, 2 shift + 1, 2 shift + 1, H, W, C] of padded images: entry (y, x) is moved by (shift - y, shift - x) pixels."""
+    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, images.shape[1:3], axis=(1, 2))
+    return np.moveaxis(windows, 3, -1)
+
+
+def eval_batches(split: Split, batch: int) -> list[dict[str, np.ndarray]]:
+    """All examples once, in order; the last batch is filled up with copies of weight 0 and id -1.
+
+    Raises:
+        ValueError: the batch is smaller than 1, or the split is empty.
+    """
+    if batch < 1:
+        raise ValueError(f"the evaluation batch size is {batch}; expected at least 1")
+    if len(split) == 0:
+        raise ValueError("the split to evaluate is empty; expected at least one example")
+    batches = []
+    for first in range(0, len(split), batch):
+        place = np.arange(first, first + batch)
+        real = place < len(split)
+        rows = np.where(real, place, first)
+        ids = np.where(real, split.id[rows], -1).astype(np.int32)
+        batches.append(
+            {"inputs": split.inputs[rows], "targets": split.targets[rows], "weights": real.astype(np.float32), "id": ids}
+        )
+    return batches
+
+
+def prefetch(dataset: Sequence[Any], start: int, put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+    """`put(dataset[i])` for i = start, start + 1, ...; a thread stays `depth` items ahead.
+
+    An error of the dataset or of `put` is raised where its item would have come. Close the iterator (`contextlib.closing`) to end
+    the thread.
+
+    Args:
+        dataset: items by index, as `train_batches` gives them.
+        start: the first index: the step to resume at.
+        put: from host to device.
+        depth: items prepared ahead.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
+        ahead: collections.deque[Future] = collections.deque()
+        try:
+            for index in range(start, len(dataset)):
+                ahead.append(thread.submit(lambda index: put(dataset[index]), index))
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()

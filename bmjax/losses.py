@@ -1,0 +1,61 @@
+"""Task losses on arrays, and the terms that make `Mean`s of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.types import Batch, LossTerm, Mean, Outputs, Term
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+    """Softmax cross-entropy per item.
+
+    Args:
+        logits: [..., C] float.
+        targets: [...] int in [0, C).
+        label_smoothing: in [0, 1); the target distribution is (1 - s) onehot + s / C (Szegedy et al. 2016, section 7).
+
+    Returns:
+        [...] float32.
+    """
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+    hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    return -(1 - label_smoothing) * hit - label_smoothing * log_p.mean(-1)
+
+
+def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> LossTerm:
+    """The task loss: cross-entropy of the student's logits against the targets.
+
+    Args:
+        label_smoothing: as in `cross_entropy`.
+        class_weights: one per class; the mean is then over weight * class weight, as in scikit-learn and torch.
+
+    Raises:
+        ValueError: label_smoothing outside [0, 1), or a class weight that is negative.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
+    if class_weights is not None and min(class_weights) < 0:
+        raise ValueError(f"class_weights holds {min(class_weights)}; expected numbers of 0 or more")
+
+    def term(student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
+        targets, weights = batch["targets"], batch["weights"]
+        if class_weights is not None:
+            if len(class_weights) != student.logits.shape[-1]:
+                raise ValueError(f"{len(class_weights)} class_weights for {student.logits.shape[-1]} classes; give one per class")
+            weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
+        return Mean.of(cross_entropy(student.logits, targets, label_smoothing), weights)
+
+    return term
+
+
+def as_term(term: LossTerm) -> Term:
+    """The full form of a loss term; a plain `(student, teacher, batch) -> Mean` gets no parameters and no state."""
+    if isinstance(term, Term):
+        return term
+    fn: Callable[..., Any] = term
+    return Term(lambda key, student, teacher: ({}, {}), lambda ctx, student, teacher, batch: fn(student, teacher, batch))

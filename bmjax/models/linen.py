@@ -1,0 +1,137 @@
+"""A Flax Linen module as a `Model`: pure functions, features by name, sizes that can change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bmjax.types import Batch, Outputs, Params
+
+
+class Network(Protocol):
+    """What a module offers beside `__call__(inputs, ids, train, capture) -> Outputs`."""
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, int]]:
+        """See `Model.axes`."""
+        ...
+
+    @property
+    def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """Partition rules for its parameters."""
+        ...
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """All names that can be captured."""
+        ...
+
+    def resized(self, sizes: Mapping[str, int]) -> Network:
+        """The same module with other sizes."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LinenModel:
+    """A `Model` around a Linen module that is a `Network`."""
+
+    module: Any
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, int]]:
+        """See `Model.axes`."""
+        return cast(Network, self.module).axes
+
+    @property
+    def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """Partition rules that cover all parameters."""
+        return cast(Network, self.module).rules
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """All feature names that `apply` can capture."""
+        return cast(Network, self.module).features
+
+    def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Params]:
+        """Fresh (params, model_state) for inputs shaped like the batch's."""
+        variables = dict(self.module.init({"params": key}, jnp.asarray(batch["inputs"])))
+        return variables.pop("params"), variables
+
+    def apply(
+        self,
+        params: Params,
+        model_state: Params,
+        batch: Batch,
+        *,
+        train: bool = False,
+        rngs: Mapping[str, jax.Array] | None = None,
+        capture: tuple[str, ...] = (),
+    ) -> tuple[Outputs, Params]:
+        """See `Model.apply`.
+
+        Raises:
+            ValueError: a captured name is not one of `features`.
+        """
+        for name in capture:
+            if name not in self.features:
+                raise ValueError(f"there is no feature {name!r}; there are {', '.join(self.features)}")
+        outputs = self.module.apply(
+            {"params": params, **model_state}, batch["inputs"], batch.get("id"), train=train, capture=tuple(capture), rngs=rngs
+        )
+        return outputs, model_state
+
+    def resize(self, sizes: Mapping[str, int]) -> LinenModel:
+        """The same architecture with other sizes.
+
+        Raises:
+            ValueError: a size that `axes` does not name, or one below 1.
+        """
+        for name, size in sizes.items():
+            if name not in self.axes:
+                raise ValueError(f"this model has no size {name!r}; it has {', '.join(self.axes)}")
+            if size < 1:
+                raise ValueError(f"the size {name!r} cannot be {size}; at least 1 must stay")
+        return dataclasses.replace(self, module=cast(Network, self.module).resized(sizes))
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask depends on the key and the example's id, not on the device or the place in the batch."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ids: jax.Array | None, train: bool) -> jax.Array:
+        """x [B, ...], ids [B] int; identity unless training."""
+        if not train or self.rate == 0:
+            return x
+        if ids is None:
+            raise ValueError("dropout needs batch['id']: one int per example")
+        key = self.make_rng("dropout")
+        keep = jax.vmap(lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - self.rate, x.shape[1:]))(ids)
+        return jnp.where(keep, x / (1 - self.rate), 0)
+
+
+def layer_features(layers: int, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of a stack's features: "layers/0", "layers/0/mlp", ..."""
+    return tuple(f"layers/{i}{'/' + part if part else ''}" for i in range(layers) for part in ("", *parts))
+
+
+def split_captured(stacked: Mapping[str, jax.Array], capture: tuple[str, ...]) -> dict[str, jax.Array]:
+    """One entry a layer from what a scan stacked: {"mlp": [L, B, ...]} -> {"layers/3/mlp": [B, ...]}."""
+    found = {}
+    for name in capture:
+        kind, _, rest = name.partition("/")
+        if kind == "layers":
+            index, _, part = rest.partition("/")
+            found[name] = stacked[part][int(index)]
+    return found
+
+
+def captured_parts(capture: tuple[str, ...]) -> tuple[str, ...]:
+    """The parts of a block that any captured name asks for: ("layers/3/mlp", "layers/0") -> ("", "mlp")."""
+    return tuple(sorted({name.split("/", 2)[2] if name.count("/") > 1 else "" for name in capture if name.startswith("layers/")}))

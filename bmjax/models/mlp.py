@@ -1,0 +1,155 @@
+"""Multi-layer perceptrons: the plain one, and a residual pre-norm stack whose depth can be reduced."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+
+from bmjax.config import field
+from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
+from bmjax.types import Outputs
+
+_kernel_init = nn.initializers.he_normal()
+
+
+class PlainMLP(nn.Module):
+    """Dense layers with ReLU between. inputs [B, ...] float are flattened; logits [B, classes]."""
+
+    hidden: tuple[int, ...]
+    classes: int
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, int]]:
+        """One size per hidden layer."""
+        return {f"hidden_{i}": (f"hidden_{i}/kernel", 1) for i in range(len(self.hidden))}
+
+    @property
+    def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """Kernels over fsdp and tensor."""
+        return (("hidden_.*kernel", ("fsdp", "tensor")), ("head/kernel", ("fsdp",)), (".*", ()))
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The activations of each hidden layer."""
+        return tuple(f"hidden_{i}" for i in range(len(self.hidden)))
+
+    def resized(self, sizes: Mapping[str, int]) -> PlainMLP:
+        """The same depth with other widths."""
+        return self.clone(hidden=tuple(sizes.get(f"hidden_{i}", size) for i, size in enumerate(self.hidden)))
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, ids: jax.Array | None = None, train: bool = False, capture: tuple[str, ...] = ()
+    ) -> Outputs:
+        """See `Model.apply`."""
+        x = inputs.reshape(inputs.shape[0], -1)
+        features = {}
+        for i, size in enumerate(self.hidden):
+            x = nn.relu(nn.Dense(size, kernel_init=_kernel_init, name=f"hidden_{i}")(x))
+            features[f"hidden_{i}"] = x
+        logits = nn.Dense(self.classes, name="head")(x)
+        head = self.get_variable("params", "head")
+        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+
+
+class _Block(nn.Module):
+    width: int
+    neurons: int
+    dropout: float
+    train: bool
+    parts: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        y = nn.gelu(nn.Dense(self.neurons, name="up")(nn.LayerNorm(name="norm")(x)))
+        mlp = Dropout(self.dropout)(nn.Dense(self.width, name="down")(y), ids, self.train)
+        x = x + mlp
+        found = {"": x, "mlp": mlp}
+        return x, {part: found[part] for part in self.parts}
+
+
+class ResidualMLP(nn.Module):
+    """Pre-norm residual blocks of width -> neurons -> width, scanned. logits [B, classes]."""
+
+    layers: int
+    width: int
+    neurons: int
+    classes: int
+    dropout: float = 0.0
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str, int]]:
+        """Depth, the blocks' inner neurons, and the width of the residual stream."""
+        return {"layers": ("layers/up/kernel", 0), "neurons": ("layers/up/kernel", 2), "width": ("embed/kernel", 1)}
+
+    @property
+    def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
+        """Up and down kernels over fsdp and tensor, the Megatron way."""
+        return (
+            ("layers/up/kernel", (None, "fsdp", "tensor")),
+            ("layers/down/kernel", (None, "tensor", "fsdp")),
+            ("(embed|head)/kernel", ("fsdp",)),
+            (".*", ()),
+        )
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The embedding, each block and its branch, and the normalised end."""
+        return ("embed", *layer_features(self.layers, ("mlp",)), "final")
+
+    def resized(self, sizes: Mapping[str, int]) -> ResidualMLP:
+        """Other layers, neurons or width."""
+        return self.clone(**sizes)
+
+    @nn.compact
+    def __call__(
+        self, inputs: jax.Array, ids: jax.Array | None = None, train: bool = False, capture: tuple[str, ...] = ()
+    ) -> Outputs:
+        """See `Model.apply`."""
+        x = nn.Dense(self.width, name="embed")(inputs.reshape(inputs.shape[0], -1))
+        features = {"embed": x}
+        stack = nn.scan(
+            _Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.layers,
+        )
+        x, stacked = stack(self.width, self.neurons, self.dropout, train, captured_parts(capture), name="layers")(x, ids)
+        features |= split_captured(stacked, capture)
+        x = features["final"] = nn.LayerNorm(name="final_norm")(x)
+        logits = nn.Dense(self.classes, name="head")(x)
+        head = self.get_variable("params", "head")
+        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+
+
+@dataclasses.dataclass
+class Plain:
+    """Config of a plain MLP; the default is the 128-64-32 classifier."""
+
+    hidden: tuple[int, ...] = field(
+        (128, 64, 32), "width of each hidden layer", check=(lambda v: v and min(v) > 0, "sizes above 0")
+    )
+
+    def build(self, shape: tuple[int, ...], classes: int) -> LinenModel:
+        """The model for inputs of one example's `shape`."""
+        return LinenModel(PlainMLP(tuple(self.hidden), classes))
+
+
+@dataclasses.dataclass
+class Residual:
+    """Config of a residual pre-norm MLP."""
+
+    layers: int = field(4, "residual blocks", check=(lambda v: v > 0, "above 0"))
+    width: int = field(128, "width of the residual stream", check=(lambda v: v > 0, "above 0"))
+    neurons: int = field(512, "inner neurons of each block", check=(lambda v: v > 0, "above 0"))
+    dropout: float = field(
+        0.0, "fraction of each block's output that is dropped in training", check=(lambda v: 0 <= v < 1, "in [0, 1)")
+    )
+
+    def build(self, shape: tuple[int, ...], classes: int) -> LinenModel:
+        """The model for inputs of one example's `shape`."""
+        return LinenModel(ResidualMLP(self.layers, self.width, self.neurons, classes, self.dropout))

@@ -1,0 +1,316 @@
+# ruff: noqa: RUF009
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from bmjax import config as cfg
+from bmjax.config import kinds
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass
+class Optimizer:
+    learning_rate: float = cfg.field(1e-3, "peak learning rate", check=cfg.above(0))
+    clip: float | None = cfg.field(None, "largest gradient norm", check=cfg.above(0))
+    name: str = cfg.field("adamw", "which optimiser", choices=("adamw", "sgd"))
+
+
+@dataclasses.dataclass
+class Term:
+    weight: float = cfg.field(1.0, "weight in the sum", check=cfg.at_least(0))
+
+
+@dataclasses.dataclass
+class Run:
+    steps: int = cfg.field(100, "updates", check=cfg.at_least(1))
+    widths: tuple[int, ...] = cfg.field((128, 64, 32), "hidden widths")
+    sparsity: dict[str, float] = cfg.field({"layers": 0.5}, "sparsity by group")
+    shuffle: bool = cfg.field(True, "shuffle the examples")
+    note: str | None = cfg.field(None, "free text")
+    optimizer: Optimizer = cfg.field(Optimizer(), "the optimiser")
+    terms: tuple[Term, ...] = cfg.field((Term(), Term(0.5)), "loss terms")
+    loss: Callable | None = cfg.field(None, "a function of your own")
+
+    def validate(self) -> None:
+        if len(self.widths) > self.steps:
+            raise ValueError("more widths than steps")
+
+
+PRESET = '''"""The small one.
+
+More words.
+"""
+import sys
+sys.path.insert(0, {tests!r})
+from test_config import Run
+
+
+def get_config():
+    return Run(steps=7)
+'''
+
+MAIN = """
+import pathlib, sys
+from bmjax.config import launch, to_dict
+import json
+
+def main(config, workdir, command):
+    assert "jax" not in sys.modules
+    {body}
+    print(json.dumps([to_dict(config), str(workdir), command]))
+
+launch(main, presets=pathlib.Path({presets!r}), default="small", about="Tries the command line.")
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    presets = tmp_path / "presets"
+    presets.mkdir()
+    (presets / "small.py").write_text(PRESET.format(tests=str(pathlib.Path(__file__).parent)))
+    (presets / "broken.py").write_text('"""No function here."""\n')
+
+    def run(*arguments, body="pass"):
+        program = tmp_path / "program.py"
+        program.write_text(MAIN.format(presets=str(presets), body=body))
+        return subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda c: setattr(c.optimizer, "learning_rate", math.nan),
+            "config.optimizer.learning_rate is nan; expected a finite number above 0",
+        ),
+        (
+            lambda c: setattr(c.optimizer, "learning_rate", math.inf),
+            "config.optimizer.learning_rate is inf; expected a finite number above 0",
+        ),
+        (
+            lambda c: setattr(c.optimizer, "learning_rate", 0.0),
+            "config.optimizer.learning_rate is 0.0; expected a finite number above 0",
+        ),
+        (lambda c: setattr(c, "steps", True), "config.steps is True; expected an int of at least 1"),
+        (lambda c: setattr(c, "steps", 1.5), "config.steps is 1.5; expected an int of at least 1"),
+        (lambda c: setattr(c, "widths", (1, "2")), "config.widths is (1, '2'); expected a tuple, each item an int"),
+        (lambda c: setattr(c.optimizer, "name", "sdg"), "config.optimizer.name is 'sdg'; expected one of adamw, sgd"),
+        (lambda c: setattr(c.terms[1], "weight", -1.0), "config.terms.1.weight is -1.0; expected a finite number of at least 0"),
+        (lambda c: setattr(c, "steps", 2), "config: more widths than steps"),
+        (lambda c: setattr(c, "optimizer", None), "config.optimizer is None; expected Optimizer, set in a config file"),
+        (lambda c: setattr(c, "loss", 3), "config.loss is 3; expected none or a function, set in a config file"),
+    ],
+)
+def test_validate_names_the_field(change, message):
+    config = Run()
+    cfg.validate(config)
+    change(config)
+    with pytest.raises(ValueError, match="config") as raised:
+        cfg.validate(config)
+    assert str(raised.value) == message
+
+
+def test_an_int_is_a_fine_float_and_none_skips_the_check():
+    cfg.validate(Run(optimizer=Optimizer(learning_rate=1, clip=None)))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("3", int, 3),
+        ("1e-3", float, 1e-3),
+        ("none", int | None, None),
+        ("4", int | None, 4),
+        ("none", str | None, None),
+        ("4", str | None, "4"),
+        ("128,64,32", tuple[int, ...], (128, 64, 32)),
+        ("(128, 64,)", tuple[int, ...], (128, 64)),
+        ("", tuple[int, ...], ()),
+        ("0.5,0.9", tuple[float, float], (0.5, 0.9)),
+        ("layers=0.5,neurons=1", dict[str, float], {"layers": 0.5, "neurons": 1.0}),
+        ("true", bool | None, True),
+    ],
+)
+def test_text_becomes_a_typed_value(text, kind, value):
+    read = kinds.read(text, kind)
+    assert read == value
+    assert type(read) is type(value)
+    assert kinds.fits(read, kind)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("1.5", int), ("x", float), ("1,2,3", tuple[int, int]), ("a", dict[str, int]), ("no", bool)]
+)
+def test_text_of_another_type_is_refused(text, kind):
+    with pytest.raises(ValueError, match="expected"):
+        kinds.read(text, kind)
+
+
+def test_frozen_refuses_assignment_and_can_be_replaced():
+    config = cfg.freeze(Run())
+    with pytest.raises(dataclasses.FrozenInstanceError, match="steps"):
+        config.steps = 3
+    with pytest.raises(dataclasses.FrozenInstanceError, match="learning_rate"):
+        config.optimizer.learning_rate = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError, match="weight"):
+        config.terms[0].weight = 1.0
+    other = dataclasses.replace(config, steps=9)
+    assert (other.steps, config.steps, other.optimizer) == (9, 100, config.optimizer)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        other.steps = 3
+    assert isinstance(other, Run)
+    assert cfg.fingerprint(config) == cfg.fingerprint(Run()) != cfg.fingerprint(other)
+
+
+def test_default_instances_are_not_shared():
+    one, two = Run(), Run()
+    one.optimizer.learning_rate = 7.0
+    one.sparsity["layers"] = 0.1
+    assert two.optimizer.learning_rate == 1e-3
+    assert two.sparsity == {"layers": 0.5}
+
+
+def test_dict_is_json_and_names_classes_and_functions():
+    plain = cfg.to_dict(Run(loss=json.dumps))
+    assert json.loads(json.dumps(plain)) == plain
+    assert plain["class"] == "Run"
+    assert plain["optimizer"] == {"class": "Optimizer", "learning_rate": 1e-3, "clip": None, "name": "adamw"}
+    assert plain["loss"] == "json:dumps"
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'tests')!r}); from test_config import *; print(cfg.fingerprint(Run()))"
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": seed}, cwd=ROOT
+        ).stdout.strip()
+        for seed in ("1", "2")
+    }
+    assert prints == {cfg.fingerprint(Run())}
+    assert cfg.fingerprint(Run(steps=3)) != cfg.fingerprint(Run(steps=4))
+    assert cfg.fingerprint(Optimizer(learning_rate=1)) == cfg.fingerprint(Optimizer(learning_rate=1.0))
+
+
+def test_describe_has_a_line_for_every_field():
+    lines = cfg.describe(Run()).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "config.steps",
+        "config.widths",
+        "config.sparsity",
+        "config.shuffle",
+        "config.note",
+        "config.optimizer.learning_rate",
+        "config.optimizer.clip",
+        "config.optimizer.name",
+        "config.terms.0.weight",
+        "config.terms.1.weight",
+        "config.loss",
+    ]
+    assert "128,64,32" in lines[1]
+    assert lines[1].endswith("hidden widths")
+    assert lines[7].endswith("which optimiser (one of adamw, sgd)")
+    assert len({line.index(help) for line, help in zip(lines, ("updates", "hidden", "sparsity by", "shuffle the"))}) == 1
+
+
+def test_workdir_of_another_config_is_refused(tmp_path):
+    cfg.write_resolved(Run(), tmp_path / "run")
+    path = cfg.write_resolved(Run(), tmp_path / "run")
+    assert json.loads(path.read_text())["steps"] == 100
+    with pytest.raises(
+        ValueError, match=r"another config \(field optimizer.learning_rate: 0.001 there, 0.002 here\); choose another --workdir"
+    ):
+        cfg.write_resolved(Run(optimizer=Optimizer(2e-3)), tmp_path / "run")
+    path.write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        cfg.write_resolved(Run(), tmp_path / "run")
+
+
+def test_command_line_overrides_fields(command, tmp_path):
+    done = command(
+        "--config=small",
+        "--config.widths=8,4",
+        "--config.optimizer.learning_rate",
+        "3e-4",
+        "--config.terms.1.weight=2",
+        "--config.sparsity=layers=0.25",
+        "--noconfig.shuffle",
+        "--workdir=here",
+    )
+    assert done.stderr == ""
+    config, workdir, line = json.loads(done.stdout)
+    assert workdir == "here"
+    assert line.endswith("--noconfig.shuffle --workdir=here")
+    assert config["steps"] == 7
+    assert config["widths"] == [8, 4]
+    assert config["optimizer"]["learning_rate"] == 3e-4
+    assert [term["weight"] for term in config["terms"]] == [1, 2]
+    assert config["sparsity"] == {"layers": 0.25}
+    assert config["shuffle"] is False
+
+
+def test_help_lists_flags_presets_and_fields(command):
+    done = command("-h", "--config.steps=3")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    for part in (
+        "Tries the command line.",
+        "--workdir",
+        "small   The small one.",
+        "--config.optimizer.learning_rate",
+        "peak learning rate",
+    ):
+        assert part in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config=smal"], "there is no preset 'smal'; the nearest is 'small' of broken, small"),
+        (["--config=gone.py"], "there is no config file gone.py"),
+        (["--config=broken"], "has no function get_config()"),
+        (
+            ["--config.learning_rat=1"],
+            "the config has no field config.learning_rat; the nearest is config.optimizer.learning_rate",
+        ),
+        (["--config.step=1"], "the nearest is config.steps"),
+        (["--config.steps=1.5"], "--config.steps=1.5: expected an int"),
+        (["--config.loss=f"], "expected none or a function, set in a config file"),
+        (["--config.optimizer=sgd"], "config.optimizer is a group of fields; set one of them: --config.optimizer.learning_rate"),
+        (["--config.optimizer.learning_rate=nan"], "config.optimizer.learning_rate is nan; expected a finite number above 0"),
+        (["digits"], "stray argument 'digits'"),
+        (["--config.steps=9", "x"], "stray argument 'x'"),
+        (["--wordir=x"], "there is no flag --wordir; the nearest is --workdir"),
+        (["--workdir"], "workdir"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_exit_code_2(command, arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def test_only_our_own_value_errors_lose_their_traceback(command):
+    done = command(body="from bmjax.config import kinds; kinds.read('x', int)")
+    assert (done.returncode, done.stderr) == (2, "error: expected an int\n")
+    assert "Traceback" in command("--debug", body="from bmjax.config import kinds; kinds.read('x', int)").stderr
+    for body in ("raise ValueError('mine')", "raise KeyError('mine')", "import json; json.loads('{')"):
+        done = command(body=body)
+        assert done.returncode == 1
+        assert "Traceback" in done.stderr
+
+
+def test_ctrl_c_ends_quietly(command):
+    done = command(body="raise KeyboardInterrupt")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
