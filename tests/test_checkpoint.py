@@ -159,6 +159,10 @@ def test_an_uncommitted_step_does_not_count(tmp_path):
         assert checkpoints.restore(template).step == 1
         checkpoints.save(2, {"w": jnp.full(3, 20.0)})
         assert checkpoints.restore(template).state["w"][0] == 20.0
+    (tmp_path / "00000002" / "manifest.json").unlink()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(3, {"w": jnp.zeros(3)})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000001", "00000003"]
 
 
 def test_an_error_of_writing_comes_up(tmp_path, monkeypatch):

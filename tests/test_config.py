@@ -229,6 +229,9 @@ def test_workdir_of_another_config_is_refused(tmp_path):
         ValueError, match=r"another config \(field optimizer.learning_rate: 0.001 there, 0.002 here\); choose another --workdir"
     ):
         cfg.write_resolved(Run(optimizer=Optimizer(2e-3)), tmp_path / "run")
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file cannot be made: File exists"):
+        cfg.write_resolved(Run(), tmp_path / "file")
     path.write_text("{")
     with pytest.raises(ValueError, match="not readable as JSON"):
         cfg.write_resolved(Run(), tmp_path / "run")
@@ -255,6 +258,7 @@ def test_command_line_overrides_fields(command, tmp_path):
     assert [term["weight"] for term in config["terms"]] == [1, 2]
     assert config["sparsity"] == {"layers": 0.25}
     assert config["shuffle"] is False
+    assert json.loads(command("--config.shuffle", "--config.note=none").stdout)[0]["shuffle"] is True
 
 
 def test_help_lists_flags_presets_and_fields(command):
@@ -275,6 +279,7 @@ def test_help_lists_flags_presets_and_fields(command):
     ("arguments", "message"),
     [
         (["--config=smal"], "there is no preset 'smal'; the nearest is 'small' of broken, small"),
+        (["--config.shuffle=maybe"], "--config.shuffle=maybe: expected true or false"),
         (["--config=gone.py"], "there is no config file gone.py"),
         (["--config=broken"], "has no function get_config()"),
         (

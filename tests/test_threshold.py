@@ -92,7 +92,12 @@ def test_topk_mask_keeps_n_minus_rounded_share():
 
 @pytest.mark.parametrize(
     ("shape", "spec"),
-    [((16, 64), P("fsdp", "tensor")), ((16, 72), P(None, ("fsdp", "tensor"))), ((8, 3, 24), P("tensor", None, "fsdp")), ((64,), P("fsdp"))],
+    [
+        ((16, 64), P("fsdp", "tensor")),
+        ((16, 72), P(None, ("fsdp", "tensor"))),
+        ((8, 3, 24), P("tensor", None, "fsdp")),
+        ((64,), P("fsdp")),
+    ],
 )
 def test_partitioned_scores_give_the_same_mask_without_a_gather(shape, spec):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)

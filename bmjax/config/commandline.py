@@ -96,10 +96,8 @@ def _field_flags(fields: dict[str, Leaf], values: flags.FlagValues) -> flags.Fla
     """The common flags and one flag for each field."""
     for path, leaf in fields.items():
         words = leaf.field.metadata.get("help", "")
-        if leaf.type is bool:
-            flags.DEFINE_boolean(path, None, words, flag_values=values)
-        else:
-            flags.DEFINE(_FieldParser(leaf.type), path, None, words, flag_values=values)
+        flag = flags.Flag(_FieldParser(leaf.type), None, path, None, words, boolean=leaf.type is bool)
+        flags.DEFINE_flag(flag, values)
     return values
 
 
@@ -159,7 +157,7 @@ def _presets(folder: pathlib.Path) -> dict[str, str]:
 def _help(about: str, common: flags.FlagValues, chosen: str, config: Any, presets: pathlib.Path) -> str:
     there = _presets(presets)
     width = max(map(len, there), default=0)
-    options = [f"  --{name}  {common[name].help}" for name in ("config", "workdir", "debug", "help")]
+    options = [f"  --{name:<8}  {common[name].help}" for name in ("config", "workdir", "debug", "help")]
     names = [f"  {name.ljust(width)}  {line}" for name, line in there.items()]
     fields = [f"  --{line}" for line in describe(config).splitlines()]
     parts = [

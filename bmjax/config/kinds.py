@@ -69,7 +69,7 @@ def type_name(kind: Any) -> str:
         return "none"
     if _is_union(kind):
         return " | ".join(type_name(option) for option in typing.get_args(kind))
-    if typing.get_origin(kind) is collections.abc.Callable:
+    if (typing.get_origin(kind) or kind) is collections.abc.Callable:
         return "function"
     if typing.get_args(kind):
         return str(kind).replace("typing.", "")

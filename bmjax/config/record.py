@@ -67,7 +67,7 @@ def write_resolved(config: Any, workdir: pathlib.Path) -> pathlib.Path:
     """Writes `workdir/config.json`, or checks that the one there is of the same config. Returns its path.
 
     Raises:
-        ValueError: the workdir holds a run of another config (names the first field that differs), or its config.json is broken.
+        ValueError: the workdir holds a run of another config (names the first field that differs), or cannot be made.
     """
     path = workdir / "config.json"
     if path.exists():
@@ -81,7 +81,10 @@ def write_resolved(config: Any, workdir: pathlib.Path) -> pathlib.Path:
                 f"workdir {workdir} holds a run of another config ({difference}); choose another --workdir or delete it"
             )
         return path
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"workdir {workdir} cannot be made: {error.strerror}; choose another --workdir") from None
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
     draft.replace(path)

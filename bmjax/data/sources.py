@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
+from bmjax.config import nearest
 from bmjax.data import arrays, digits
 from bmjax.data.dataset import Dataset
 
@@ -19,6 +19,5 @@ def load(source: str) -> Dataset:
     """
     name, _, argument = source.partition(":")
     if name not in SOURCES:
-        near = difflib.get_close_matches(name, SOURCES, n=1, cutoff=0)[0]
-        raise ValueError(f"there is no data source {name!r}; the nearest is {near!r} of {', '.join(SOURCES)}")
+        raise ValueError(f"there is no data source {name!r}; the nearest is {nearest(name, SOURCES)!r} of {', '.join(SOURCES)}")
     return SOURCES[name](argument)

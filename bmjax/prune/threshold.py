@@ -24,6 +24,7 @@ _Bracket: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, jax.Array]  # lo, h
 
 _FIELDS = 4  # thresholds a pass: four 8-bit counts share one int32 word
 _ROW = 32  # the widest row that XLA's CPU reductions keep in one fused loop; its count fits the 8 bits
+_MANY = 2**20  # scores from which a search in a sample first pays for its compilation
 _INFINITY = 0x7F800000  # the bits of float32 infinity
 _END = 2 * _INFINITY + 3  # a search ends below it, so that it can reach the key after +inf's and keep nothing
 
@@ -60,8 +61,8 @@ def _count(keys: jax.Array, thresholds: jax.Array) -> jax.Array:
     """How many keys are at least each of the four thresholds: int32 [4]."""
     rows = _rows(keys)
     words = sum(jnp.where(rows >= thresholds[j], jnp.int32(1 << 8 * j), 0) for j in range(_FIELDS))
-    words = jnp.sum(words, axis=-1, dtype=jnp.int32)
-    return jnp.stack([jnp.sum((words >> 8 * j) & 0xFF, dtype=jnp.int32) for j in range(_FIELDS)])
+    fields = (jnp.sum(words, axis=-1, dtype=jnp.int32)[..., None] >> 8 * jnp.arange(_FIELDS)) & 0xFF
+    return jnp.sum(fields, axis=tuple(range(fields.ndim - 1)), dtype=jnp.int32)
 
 
 def _thresholds(lo: jax.Array, hi: jax.Array, above_lo: jax.Array, above_hi: jax.Array, k: jax.Array) -> jax.Array:
@@ -80,7 +81,15 @@ def _thresholds(lo: jax.Array, hi: jax.Array, above_lo: jax.Array, above_hi: jax
     return lo[:, None] + jnp.clip(offset, 1, jnp.maximum(width - 1, 1)[:, None])
 
 
-def _search(count: Counter, k: jax.Array, lo: jax.Array, hi: jax.Array, above_lo: jax.Array, above_hi: jax.Array) -> Any:
+def _search(
+    count: Counter,
+    k: jax.Array,
+    lo: jax.Array,
+    hi: jax.Array,
+    above_lo: jax.Array,
+    above_hi: jax.Array,
+    first: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """For each problem a cut with exactly k keys at or above it, or the k-th largest key if equal keys leave no such cut.
 
     Args:
@@ -88,6 +97,7 @@ def _search(count: Counter, k: jax.Array, lo: jax.Array, hi: jax.Array, above_lo
         k: int32 [problems], above_hi <= k <= above_lo.
         lo, hi: uint32 [problems], where to look.
         above_lo, above_hi: int32 [problems], how many keys are at least lo and hi.
+        first: uint32 [problems, 4], where to count first, above lo; a guess saves passes and changes no result.
 
     Returns:
         (cut uint32, keys at or above cut int32, keys at or above cut + 1 if the first is not k int32), each [problems].
@@ -97,27 +107,31 @@ def _search(count: Counter, k: jax.Array, lo: jax.Array, hi: jax.Array, above_lo
         lo, hi, above_lo, _ = state
         return jnp.any((above_lo != k) & (hi - lo > 1))
 
-    def narrow(state: _Bracket) -> _Bracket:
+    def narrow(state: _Bracket, at: jax.Array) -> _Bracket:
         lo, hi, above_lo, above_hi = state
-        at = _thresholds(lo, hi, above_lo, above_hi, k)
         counts = count(at)
-        enough = (counts >= k[:, None]) & (at < hi[:, None])
-        too_high = ~enough
+        outside = at >= hi[:, None]
+        enough = (counts >= k[:, None]) & ~outside
+        few = ~enough & ~outside
         return (
             jnp.max(jnp.where(enough, at, lo[:, None]), axis=-1),
-            jnp.min(jnp.where(too_high, jnp.minimum(at, hi[:, None]), hi[:, None]), axis=-1),
+            jnp.min(jnp.where(few, at, hi[:, None]), axis=-1),
             jnp.min(jnp.where(enough, counts, above_lo[:, None]), axis=-1),
-            jnp.max(jnp.where(too_high & (at < hi[:, None]), counts, above_hi[:, None]), axis=-1),
+            jnp.max(jnp.where(few, counts, above_hi[:, None]), axis=-1),
         )
 
-    cut, _, at_cut, above_cut = lax.while_loop(unfinished, narrow, (lo, hi, above_lo, above_hi))
+    bracket = (lo, hi, above_lo, above_hi)
+    if first is not None:
+        bracket = narrow(bracket, first)
+    cut, _, at_cut, above_cut = lax.while_loop(unfinished, lambda state: narrow(state, _thresholds(*state, k)), bracket)
     return cut, at_cut, above_cut
 
 
 def _counter(leaves: Sequence[jax.Array], across: bool) -> Counter:
+    """Counts in all leaves together, or of problem i in leaf i (and again from the first leaf when there are more problems)."""
     if across:
-        return lambda at: sum(_count(leaf, at[0]) for leaf in leaves)[None]  # type: ignore[index]
-    return lambda at: jnp.stack([_count(leaf, at[i]) for i, leaf in enumerate(leaves)])
+        return lambda at: jnp.stack([jnp.sum(jnp.stack([_count(leaf, row) for leaf in leaves]), axis=0) for row in at])
+    return lambda at: jnp.stack([_count(leaves[i % len(leaves)], row) for i, row in enumerate(at)])
 
 
 def _priorities(shapes: Sequence[tuple[int, ...]], across: bool) -> list[jax.Array]:
@@ -143,11 +157,31 @@ def _checked(scores: Sequence[jax.Array]) -> list[jax.Array]:
     return [leaf.reshape(1) if leaf.ndim == 0 else leaf for leaf in scores]
 
 
-def _cut(keys: Sequence[jax.Array], k: jax.Array, across: bool) -> Any:
-    sizes = [leaf.size for leaf in keys]
-    total = jnp.asarray([sum(sizes)] if across else sizes, jnp.int32)
+def _total(leaves: Sequence[jax.Array], across: bool) -> jax.Array:
+    sizes = [leaf.size for leaf in leaves]
+    return jnp.asarray([sum(sizes)] if across else sizes, jnp.int32)
+
+
+def _guess(keys: Sequence[jax.Array], k: jax.Array, across: bool) -> jax.Array:
+    """Four places around the k-th largest key, from the first key of each row: uint32 [problems, 4]."""
+    samples = [_rows(leaf)[..., 0] for leaf in keys]
+    total, drawn = _total(keys, across), _total(samples, across)
+    rank = k.astype(jnp.float32) * drawn / total
+    deviation = jnp.sqrt(jnp.maximum(rank * (1 - rank / drawn), 1.0))
+    ranks = jnp.concatenate([rank + 3 * deviation, rank - 3 * deviation]).astype(jnp.int32)
+    drawn = jnp.tile(drawn, 2)
+    lo = jnp.zeros(drawn.shape, jnp.uint32)
+    ranks = jnp.clip(ranks, 1, drawn)
+    found, _, _ = _search(_counter(samples, across), ranks, lo, jnp.full_like(lo, _END), drawn, jnp.zeros_like(drawn))
+    low, high = jnp.split(jnp.maximum(found, 1), 2)
+    return jnp.stack([low, low + (high - low) // 3, low + (high - low) // 3 * 2, high + 1], axis=-1)
+
+
+def _cut(keys: Sequence[jax.Array], k: jax.Array, across: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    total = _total(keys, across)
     lo = jnp.zeros(total.shape, jnp.uint32)
-    return _search(_counter(keys, across), k, lo, jnp.full_like(lo, _END), total, jnp.zeros_like(total))
+    first = _guess(keys, k, across) if sum(leaf.size for leaf in keys) >= _MANY else None
+    return _search(_counter(keys, across), k, lo, jnp.full_like(lo, _END), total, jnp.zeros_like(total), first)
 
 
 def largest(scores: Sequence[jax.Array], keep: Any, across: bool = False) -> list[jax.Array]:

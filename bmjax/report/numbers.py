@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable
 
 MISSING = "–"
@@ -30,6 +31,11 @@ def _scaled(x: float, units: tuple[str, ...]) -> str:
 def count(x: float) -> str:
     """3,466 as it is; 10,000 and more in three digits: 536k, 2.14M."""
     return f"{x:,.0f}" if x < 10_000 else _scaled(x, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def tick(x: float) -> str:
+    """`count` for an axis, without decimals that are zero: 30k, 1.5M."""
+    return re.sub(r"\.0+(?=\D)", "", count(x))
 
 
 @_dash_if_missing

@@ -45,7 +45,7 @@ def sentence(results: Mapping[str, Any]) -> str:
     """The verdict's own sentence, without the verdict in front of it, as the headline says it already."""
     verdict = results["verdict"]
     text = str(verdict.get("sentence") or "").removeprefix(f"{verdict['verdict']}: ")
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] + ("." if text and text[-1] not in ".!?" else "")
 
 
 def model(results: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -98,6 +98,12 @@ def _latency(entry: Mapping[str, Any], big: Mapping[str, Any]) -> Cell:
     )
 
 
+def _latency_range(entry: Mapping[str, Any], _: Mapping[str, Any]) -> Cell:
+    measured = entry.get("latency") or {}
+    ends = [measured.get("low_ms"), measured.get("high_ms")]
+    return Cell(numbers.MISSING if None in ends else f"{ends[0]:.3g} to {ends[1]:.3g} ms")
+
+
 def _plain(key: str) -> Callable[..., Cell]:
     return lambda entry, _: Cell(numbers.count(entry.get(key)))
 
@@ -114,6 +120,7 @@ MEASURES: dict[str, Callable[..., Cell]] = {
     "size": _cost("bytes", numbers.nbytes, "smaller", "larger"),
     "FLOPs an example": _cost("flops", numbers.count, "fewer", "more"),
     "latency": _latency,
+    "latency range": _latency_range,
     "training steps": _plain("train_steps"),
     "training FLOPs": _plain("train_flops"),
 }
@@ -160,7 +167,11 @@ def markdown(results: Mapping[str, Any]) -> str:
         _line("---", *("---:" for _ in models)),
         *(_line(row.label, *row.cells) for row in rows(results)),
     ]
-    parts = [f"## {_flat(results['title'])}", f"**{_flat(headline(results))}.** {_flat(sentence(results))}".rstrip(), "\n".join(lines)]
+    parts = [
+        f"## {_flat(results['title'])}",
+        f"**{_flat(headline(results))}.** {_flat(sentence(results))}".rstrip(),
+        "\n".join(lines),
+    ]
     return "\n\n".join([*parts, footnote(results)]).rstrip() + "\n"
 
 

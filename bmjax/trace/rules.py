@@ -6,6 +6,7 @@ stand side by side. A primitive without a rule freezes all that it touches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,19 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from bmjax.trace.replay import Replay
-from bmjax.trace.terms import NOTHING, ONE, Atom, Axes, Misfit, Prod, Sum, Term, cut, freeze, fresh, note, resolve, split
+from bmjax.trace.terms import NOTHING, Atom, Axes, Misfit, Prod, Sum, Term, cut, freeze, fresh, note, resolve, split
 from bmjax.trace.walk import Equation, Rule, Shape, Tracer
 
 Outputs = Sequence[Any]
 
 NORM = "statistics over this axis change (norm)"
 EXTREME = "an extreme over this axis also sees zeros (softmax, max)"
+ELEMENTWISE = """
+    abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv
+    erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
+    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+""".split()  # noqa: SIM905  # a list literal would take a line for each
+
 RULES: dict[str, Rule] = {}
 
 
@@ -47,24 +54,16 @@ def _freeze_all(why: str, *values: Axes) -> None:
 # Elementwise
 
 
-@rule(
-    *"""abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf
-    erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or
-    pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor""".split()
-)
+@rule(*ELEMENTWISE)
 def _elementwise(tracer: Tracer, equation: Equation) -> list[Axes]:
     """Equal axes are one; a scalar and an axis of 1 broadcast."""
     (shape,) = equation.out_shapes
-    out: list[Term | None] = [None] * len(shape)
+    out = fresh(shape)
     for axes, in_shape in zip(equation.ins, equation.in_shapes):
         for i, term in enumerate(axes):
-            if in_shape[i] != shape[i]:
-                continue
-            if out[i] is None:
-                out[i] = term
-            else:
+            if in_shape[i] == shape[i]:
                 tracer.unify(out[i], term)
-    return [[Atom(size) if term is None else term for term, size in zip(out, shape)]]
+    return [out]
 
 
 @rule("optimization_barrier")
@@ -152,10 +151,13 @@ def _squeeze(tracer: Tracer, equation: Equation) -> list[Axes]:
 def _reshape(tracer: Tracer, equation: Equation) -> list[Axes]:
     """Runs of axes with equal products correspond: they are merged and then split from the inside out."""
     (shape,), (in_shape, *_), axes = equation.out_shapes, equation.in_shapes, equation.ins[0]
+    if 0 in shape:
+        return _unknown(tracer, equation)
     out: Axes = []
     for taken, made in _runs(in_shape, shape):
-        merged, sizes, inner = Prod(axes[i] for i in taken), [shape[j] for j in made], []
+        merged, sizes = Prod(axes[i] for i in taken), [shape[j] for j in made]
         rest: Term = merged
+        inner: Axes = []
         try:
             for size in reversed(sizes):
                 rest, factor = split(rest, size)
@@ -172,18 +174,12 @@ def _runs(old: Shape, new: Shape) -> list[tuple[range, range]]:
     runs, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         start, first = i, j
-        left, right = 1, 1
-        while True:
-            if left <= right and i < len(old):
-                left *= old[i]
+        i, j = min(i + 1, len(old)), min(j + 1, len(new))
+        while (left := math.prod(old[start:i])) != (right := math.prod(new[first:j])):
+            if left < right:
                 i += 1
-            elif j < len(new):
-                right *= new[j]
-                j += 1
             else:
-                break
-            if left == right and (j > first or i == len(old)) and (i > start or j == len(new)):
-                break
+                j += 1
         runs.append((range(start, i), range(first, j)))
     return runs
 
@@ -332,9 +328,7 @@ def _scan(tracer: Tracer, equation: Equation) -> list[Axes]:
     layers = Atom(params["length"], "" if xs else "nothing is scanned over", whole=True)
     for axes in xs:
         tracer.unify(layers, axes[0])
-    body = tracer.walk(
-        *_open(params["jaxpr"]), [*equation.ins[:start], *(axes[1:] for axes in xs)], tracer.where, layers
-    )
+    body = tracer.walk(*_open(params["jaxpr"]), [*equation.ins[:start], *(axes[1:] for axes in xs)], tracer.where, layers)
     equation.bodies.append(body)
     carries, ys = body.outs[: params["num_carry"]], body.outs[params["num_carry"] :]
     for before, after in zip(init, carries):

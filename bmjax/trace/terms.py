@@ -45,7 +45,7 @@ class Sum:
 
     def __init__(self, parts: Iterable[Term]):
         self.parts = tuple(parts)
-        self.size = sum(part.size for part in self.parts)
+        self.size: int = sum(part.size for part in self.parts)
 
 
 class Prod:
@@ -55,7 +55,7 @@ class Prod:
 
     def __init__(self, parts: Iterable[Term]):
         self.parts = tuple(parts)
-        self.size = math.prod(part.size for part in self.parts)
+        self.size: int = math.prod(part.size for part in self.parts)
 
 
 Term: TypeAlias = Atom | Sum | Prod
@@ -148,7 +148,8 @@ def split(term: Term, inner: int) -> tuple[Term, Term]:
         for _, block in pieces[1:]:
             unify(pieces[0][1], block)
         return resolve(Sum(outer for outer, _ in pieces)), resolve(pieces[0][1])
-    outers, inners = list(term.parts), []
+    outers = list(term.parts)
+    inners: list[Term] = []
     while inner > 1:
         last = outers.pop()
         size = min(last.size, inner)

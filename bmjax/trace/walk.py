@@ -15,6 +15,11 @@ from bmjax.trace.terms import freeze as freeze_term
 Shape = tuple[int, ...]
 
 
+def shape(var: Any) -> Shape:
+    """The shape of a jaxpr's variable or literal."""
+    return tuple(var.aval.shape)
+
+
 @dataclasses.dataclass
 class Equation:
     """One equation of a jaxpr with the terms of its values.
@@ -40,12 +45,12 @@ class Equation:
     @property
     def in_shapes(self) -> list[Shape]:
         """As traced."""
-        return [tuple(var.aval.shape) for var in self.eqn.invars]
+        return [shape(var) for var in self.eqn.invars]
 
     @property
     def out_shapes(self) -> list[Shape]:
         """As traced."""
-        return [tuple(var.aval.shape) for var in self.eqn.outvars]
+        return [shape(var) for var in self.eqn.outvars]
 
 
 class Rule(NamedTuple):
@@ -137,4 +142,3 @@ def _constant(value: Any) -> Axes:
         return []
     array = np.asarray(value)
     return fresh(array.shape, "" if (array == array.flat[0]).all() else "an array is baked into the function")
-

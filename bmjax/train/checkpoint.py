@@ -99,9 +99,10 @@ class Checkpoints:
         if jax.process_index() != 0:
             return
         manifest.write(folder, data)
-        best = self._by_metric()[:1]
-        for step in set(self.steps()[: -self._keep]) - set(best):
-            shutil.rmtree(self._directory / f"{step:08d}")
+        stays = {*self.steps()[-self._keep :], *self._by_metric()[:1]}
+        for other in self._directory.iterdir():  # a process that was killed leaves steps without a manifest
+            if other.name.isdecimal() and int(other.name) < data["step"] and int(other.name) not in stays:
+                shutil.rmtree(other)
 
     def wait(self) -> None:
         """Returns when the last save is committed.

@@ -1,0 +1,126 @@
+"""Proof by replay that removing a group's elements equals masking them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax.trace.groups import Traced, trace
+from bmjax.trace.keep import masks
+from bmjax.types import Group, Params
+
+_TOLERANCE = 1e-4  # of the largest output, in float32; a wrong group differs by tenths
+
+
+def groups(
+    fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    names: Mapping[str, tuple[str, int]] | None = None,
+    check: bool = True,
+) -> tuple[Group, ...]:
+    """The groups of axes of `fn(params, *args)` that can shrink together; those with an empty `note` are exact.
+
+    Args:
+        fn, params, args, names: as for `trace`.
+        check: replay the function with half the elements removed, on random parameters and inputs, and note where the outputs
+            differ from those with the same elements masked.
+
+    Raises:
+        ValueError: as `trace`.
+    """
+    traced = trace(fn, params, *args, names=names)
+    found = inexact(traced, params, *args) if check else {}
+    return tuple(
+        group._replace(note=f"masking is not removing here: outputs differ by {found[group.name]}")
+        if group.name in found
+        else group
+        for group in traced.groups
+    )
+
+
+def inexact(traced: Traced, params: Params, *args: Any) -> dict[str, str]:
+    """{group name: by how much it differs} for groups without a note that a replay on random numbers disproves.
+
+    Half the elements of all groups are removed together; only where the outputs differ are the groups halved and tried again.
+
+    Args:
+        traced: of the function.
+        params: tree of arrays or ShapeDtypeStructs; only shapes and dtypes are used where they are floats.
+        args: as traced, likewise.
+    """
+    check = _Check(traced, *_random((params, args)))
+    found: dict[str, str] = {}
+
+    def search(groups: Sequence[Group]) -> None:
+        difference = check.difference(groups) if groups else 0.0
+        if difference <= _TOLERANCE:
+            return
+        if len(groups) == 1:
+            found[groups[0].name] = f"{difference:.1g}"
+            return
+        before = len(found)
+        search(groups[: len(groups) // 2])
+        search(groups[len(groups) // 2 :])
+        if len(found) == before:  # each half is exact alone: the fault lies between them
+            found.update({group.name: f"{difference:.1g} together with other groups" for group in groups})
+
+    search([group for group in traced.groups if not group.note])
+    return found
+
+
+class _Check:
+    """Compares masked with replayed outputs on given numbers."""
+
+    def __init__(self, traced: Traced, params: Params, args: tuple[Any, ...]):
+        self.traced, self.params, self.args = traced, params, args
+        self.whole = jax.jit(traced.replay({}))
+        self.rng = np.random.default_rng(1)
+
+    def difference(self, groups: Sequence[Group]) -> float:
+        """The largest difference relative to the largest output when half the elements of the groups go."""
+        keeps = {group.name: self._half(group) for group in groups}
+        mask = jax.jit(lambda keeps: masks(groups, keeps, self.params))(keeps)
+        masked = jax.tree.map(lambda leaf, keep: np.where(keep, leaf, np.zeros((), leaf.dtype)), self.params, mask)
+        small = jax.tree.map(_select, self.params, mask)
+        outputs = (
+            jax.tree.leaves(self.whole(masked, *self.args)),
+            jax.tree.leaves(jax.jit(self.traced.replay(keeps))(small, *self.args)),
+        )
+        expected, found = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves]) for leaves in outputs)
+        difference = np.abs(expected - found).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
+        return float(difference) if np.isfinite(difference) else float("inf")
+
+    def _half(self, group: Group) -> np.ndarray:
+        """A random half of the elements, in a stacked group another one for each layer."""
+        order = self.rng.permuted(np.tile(np.arange(group.size), (max(group.stack, 1), 1)), axis=1)
+        keep = order < group.size - group.size // 2
+        return keep if group.stack else keep[0]
+
+
+def _select(leaf: np.ndarray, keep: jax.Array) -> np.ndarray:
+    """The kept weights in order. Every layer keeps as many, so those of the first kept one give the shape."""
+    mask = np.asarray(keep)
+    if not mask.ndim:
+        return leaf
+    rows = mask.reshape(len(mask), -1).any(axis=1)
+    first = mask[rows.argmax()]
+    shape = [first.any(axis=tuple(i for i in range(first.ndim) if i != axis)).sum() for axis in range(first.ndim)]
+    return leaf[mask].reshape(rows.sum(), *shape)
+
+
+def _random(tree: Any) -> Any:
+    """Random floats at the scale of trained weights; other numbers as they are, or zeros where only a shape is known."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            scale = np.prod(leaf.shape[:-1], dtype=np.int64) ** -0.5 if leaf.ndim > 1 else 0.5
+            return (rng.normal(size=leaf.shape) * scale).astype(leaf.dtype)
+        return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+    return jax.tree.map(draw, tree)
