@@ -140,7 +140,7 @@ def test_epochs_hold_every_example_once():
 
 def test_batches_depend_on_seed_and_step_only():
     split = images(10)
-    one, two, other = (data.train_batches(split, 4, seed, shift=1) for seed in (0, 0, 1))
+    one, two, other = (data.train_batches(split, 4, seed, data.Augment(shift=1, shifted=1.0)) for seed in (0, 0, 1))
     late = two[1000]
     for step in (1000, 3, 7):
         for key, value in one[step].items():
@@ -171,7 +171,7 @@ def moved(image, down, right):
 def test_shifts_move_whole_images_and_fill_with_zero():
     split = images(30)
     seen = set()
-    batches = data.train_batches(split, 30, seed=0, shift=2)
+    batches = data.train_batches(split, 30, seed=0, augment=data.Augment(shift=2, shifted=1.0))
     for step in range(8):
         batch = batches[step]
         for image, example in zip(batch["inputs"], batch["id"] - 100):
@@ -239,11 +239,31 @@ def test_bad_batch_sizes_get_one_line():
     with pytest.raises(ValueError, match="data seed is -1"):
         data.train_batches(split, 4, -1)
     with pytest.raises(ValueError, match=r"shift is 4 for inputs \[5, 4, 2\]"):
-        data.train_batches(split, 4, 0, shift=4)
+        data.train_batches(split, 4, 0, data.Augment(shift=4))
     flat = data.Split(split.inputs.reshape(10, -1), split.targets, split.id)
     with pytest.raises(ValueError, match=r"shift is 1 for inputs \[40\]"):
-        data.train_batches(flat, 4, 0, shift=1)
+        data.train_batches(flat, 4, 0, data.Augment(shift=1))
     with pytest.raises(ValueError, match="evaluation batch size is 0"):
         data.eval_batches(split, 0)
     with pytest.raises(ValueError, match="is empty"):
         data.eval_batches(data.Split(split.inputs[:0], split.targets[:0], split.id[:0]), 4)
+
+
+def test_noise_has_its_deviation_and_follows_the_step():
+    split = data.load("digits").train
+    noisy = data.train_batches(split, 256, 3, data.Augment(noise=0.2))
+    clean = data.train_batches(split, 256, 3)
+    noise = noisy[5]["inputs"] - clean[5]["inputs"]
+    assert noisy[5]["inputs"].dtype == np.float32
+    np.testing.assert_allclose(noise.std(), 0.2, rtol=0.03)
+    assert abs(noise.mean()) < 0.01
+    np.testing.assert_array_equal(noisy[5]["inputs"], data.train_batches(split, 256, 3, data.Augment(noise=0.2))[5]["inputs"])
+    assert np.abs(noisy[6]["inputs"] - clean[6]["inputs"] - noise).max() > 0.1
+
+
+def test_only_a_fraction_of_the_images_is_shifted():
+    split = data.load("digits").train
+    moved = data.train_batches(split, 512, 0, data.Augment(shift=1, shifted=0.5))[0]["inputs"]
+    same = (moved == data.train_batches(split, 512, 0)[0]["inputs"]).all((1, 2, 3))
+    # A shifted image has moved with chance 8/9, so about 5/9 stay.
+    assert abs(same.mean() - 5 / 9) < 0.08

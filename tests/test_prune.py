@@ -367,6 +367,18 @@ def test_partitioned_masks_equal_those_of_one_device_without_a_gather(allocation
     assert sum(zeros(mask) for mask in jax.tree.leaves(prune.masks(state))) == (2 * 269 if allocation is prune.uniform else 538)
 
 
+def test_partitioned_groups_choose_what_one_device_chooses():
+    params = small_params()
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    split = lambda p: NamedSharding(mesh, P(None, "fsdp", "tensor") if p.ndim == 3 else P())
+    tx = prune.around(optax.adam(0.01), sparsity={"neurons": 0.5}, pattern=prune.groups([NEURONS]))
+    alone, alone_state, _ = run(tx, params, 2)
+    after, state, _ = run(tx, jax.tree.map(lambda p: jax.device_put(p, split(p)), params), 2)
+    np.testing.assert_array_equal(prune.keeps(state)["neurons"], prune.keeps(alone_state)["neurons"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after, alone)
+    assert zeros(after["layers"]["up"]["kernel"]) == 48
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

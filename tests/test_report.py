@@ -34,7 +34,7 @@ class Balanced(html.parser.HTMLParser):
             self.open.append(name)
 
     def handle_endtag(self, name):
-        assert self.open and self.open[-1] == name, f"</{name}> closes {self.open[-3:]}"
+        assert self.open[-1:] == [name], f"</{name}> closes {self.open[-3:]}"
         self.open.pop()
 
     def handle_data(self, data):
@@ -193,3 +193,292 @@ FIXTURES = {"mlp": mlp, "vit": vit, "nothing passed": nothing_passed}
 def written(results: dict, tmp_path) -> str:
     results = json.loads(json.dumps(results))  # a report may be written from the file that a run left
     return report.write(results, tmp_path / "deep" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_page_is_one_balanced_self_contained_file(name, tmp_path):
+    page = written(FIXTURES[name](), tmp_path)
+    parsed = Balanced(page)
+    assert page.count("<main>") == 1
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    assert not {"src", "href", "onload", "onclick"} & {key for key, _ in parsed.attributes}
+    assert "http" not in page
+    assert "url(" not in page
+    assert "@import" not in page
+    assert len(page.encode()) < 200_000
+    assert "None" not in parsed.text
+    assert "nan" not in parsed.text
+
+
+def test_page_shows_the_figures_of_the_results(tmp_path):
+    text = Balanced(written(mlp(), tmp_path)).text
+    for figure in (
+        "The small model is not worse",
+        "Accuracy changed by -0.28 points on 719 examples",
+        "Of 719 test examples, 5 are right with the big model only, 3 with the small one only.",
+        "12.6x fewer parameters 536k → 42.5k",  # 536074 / 42474 = 12.62
+        "12.7x fewer FLOPs per example 1.07M → 84.5k",  # 1070000 / 84480 = 12.67
+        "6.9x faster for a batch of 256 4.21 ms → 0.612 ms",  # 4.213 / 0.612 = 6.88
+        "98.3% [97.1, 99.0]",
+        "98.9%",  # agreement of the small one with the big one
+        "0.0812",
+        "0.0123",
+        "58.4G",  # 3 * 256 * 900 * 84480 = 5.839e10
+        "neurons 64 of 512",
+        "layers 4 → 2; neurons 512 → 64",
+        "importance 0.31",
+        "python -m experiments.compress --config=digits --config.seed=0 --workdir=runs/digits",
+        "python -m experiments.predict --model=runs/digits/export input.npz",
+        "Latency was measured on the devices above",
+    ):
+        assert figure in text, figure
+    assert "98.3% [97.1, 99.0]" in report.markdown(mlp())
+
+
+def test_everything_from_outside_is_escaped(tmp_path):
+    results, evil = mlp(), '<script>alert("1")</script>&'
+    for key in ("title", "task", "command", "created"):
+        results[key] = evil
+    results["verdict"]["sentence"] = evil
+    results["models"][2] |= {"name": evil, "about": evil}
+    results["structure"]["sizes_before"][evil] = 3
+    results["structure"]["layers"][0]["parts"][evil] = {"kept": [True, False]}
+    results["structure"]["shared"][evil] = {"kept": [True, False]}
+    results["curves"][evil] = results["curves"].pop("big")
+    results |= {"class_names": [evil] * 10, "files": {evil: evil}, "notes": [evil], "environment": {evil: evil}}
+    parsed = Balanced(written(results, tmp_path))
+    assert "script" not in parsed.tags
+    assert parsed.text.count(evil) >= 15
+
+
+def optional_parts() -> list[tuple[str, ...]]:
+    full = mlp()
+    needed = ("title", "verdict", "models")
+    parts = [(key,) for key in full if key not in needed]
+    parts += [("verdict", key) for key in full["verdict"] if key != "verdict"]
+    parts += [("models", key) for key in full["models"][0] if key != "name"]
+    return parts + [("metrics", key) for key in full["models"][0]["metrics"]]
+
+
+@pytest.mark.parametrize("part", optional_parts(), ids="-".join)
+@pytest.mark.parametrize("gone", ["missing", "null"])
+def test_any_optional_part_may_be_missing(part, gone, tmp_path):
+    results = mlp()
+    holders = {
+        "verdict": [results["verdict"]],
+        "models": results["models"],
+        "metrics": [entry["metrics"] for entry in results["models"]],
+    }
+    for holder in holders[part[0]] if len(part) == 2 else [results]:
+        holder[part[-1]] = None
+        if gone == "missing":
+            del holder[part[-1]]
+    text = Balanced(written(results, tmp_path)).text
+    assert "The small model is not worse" in text
+    assert "None" not in text
+    assert "12.6x" in report.markdown(results)
+
+
+@pytest.mark.parametrize("key", ["title", "verdict", "models"])
+def test_what_is_needed_is_named(key, tmp_path):
+    results = mlp()
+    del results[key]
+    with pytest.raises(ValueError, match=f"results without '{key}'"):
+        report.write(results, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_nothing_passed_claims_no_ratio(tmp_path):
+    text = Balanced(written(nothing_passed(), tmp_path)).text
+    assert "No smaller model passed Every candidate lost more than 2 points." in text
+    assert "fewer" not in text
+    assert "latency" not in text
+    assert "98.6%" in text
+
+
+def test_latency_at_different_batches_is_not_compared(tmp_path):
+    results = mlp()
+    for model in results["models"][1:]:
+        model["latency"]["batch"] = 64
+    assert "faster" not in Balanced(written(results, tmp_path)).text
+
+
+def test_removed_layers_are_struck_and_empty(tmp_path):
+    page = written(vit(), tmp_path)
+    assert page.count('class="layer removed"') == 2
+    assert page.count("heads 0 of 8") == 2
+    assert page.count("heads 3 of 8") == 4
+    assert page.count("neurons 96 of 384") == 4
+    assert "shared by all layers" in page
+    assert "96 of 96" in page
+
+
+def test_cells_lie_where_the_kept_elements_are():
+    # 5 heads in a pitch of 20 (17 filled, 3 free): elements 1, 2 and 4 are kept.
+    drawn = pictures.cells([False, True, True, False, True])
+    assert 'd="M20 8.5h37M80 8.5h17" class="kept"' in drawn
+    # 130 elements: rows of 64 in a pitch of 6, so element 129 is the second of the third row.
+    assert 'd="M6 14.5h5" class="kept"' in pictures.cells([i == 129 for i in range(130)])
+    # 1024 elements: two a cell, half of the first cell kept.
+    drawn = pictures.cells([i == 0 for i in range(1024)])
+    assert 'd="M0 2.5h5" class="kept"' in drawn
+    assert 'stroke-opacity="0.5"' in drawn
+
+
+def test_a_cell_of_which_a_little_was_kept_is_pale_but_there():
+    drawn = pictures.cells([i == 0 for i in range(2560)])  # five a cell
+    assert 'd="M0 2.5h5" class="kept" stroke-width="5" stroke-dasharray="5 1" stroke-opacity="0.25"' in drawn
+
+
+def test_a_deep_network_stays_below_a_megabyte(tmp_path):
+    results, rng = vit(), np.random.default_rng(0)
+    layer = {"kept": True, "importance": 0.1}
+    results["structure"]["layers"] = [
+        layer
+        | {
+            "index": i,
+            "parts": {"heads": {"kept": (rng.random(64) < 0.5).tolist()}, "neurons": {"kept": (rng.random(8192) < 0.5).tolist()}},
+        }
+        for i in range(96)
+    ]
+    assert len(written(results, tmp_path).encode()) < 1_000_000
+
+
+def test_many_classes_list_the_most_confused_pairs(tmp_path):
+    results = mlp()
+    results["class_names"] = [f"class{i:02}" for i in range(40)]
+    for model, n in zip(results["models"], (2, 11, 1, 1)):
+        counts = 20 * np.eye(40, dtype=int)
+        counts[3, 7], counts[5, 6] = n, 1
+        model["metrics"]["confusion"] = counts.tolist()
+    text = Balanced(written(results, tmp_path)).text
+    assert "class big small class03 taken for class07 2 11 class05 taken for class06 1 1" in text
+
+
+def test_confusion_matrix_holds_every_count():
+    counts = [[5, 1, 0], [0, 7, 2], [3, 4, 9]]
+    drawn = Balanced(pictures.confusion(counts, ["a", "b", "c"], "title"))
+    shown = [word for word in drawn.text.split() if word.isdigit()]
+    assert sorted(map(int, shown)) == [1, 2, 3, 4, 5, 7, 9]
+    styles = [value for key, value in drawn.attributes if key == "class"]
+    assert (styles.count("right"), styles.count("wrong")) == (3, 4)
+
+
+def test_interval_is_drawn_to_scale():
+    drawn = Balanced(pictures.interval(0.005, (-0.01, 0.02), 0.01))
+    whisker = next(value for key, value in drawn.attributes if key == "d" and value.count("v16") == 2)
+    low, high = (float(whisker.split("M")[1].split()[0]), float(whisker.split("H")[1].split("M")[0]))
+    dot = float(dict(drawn.attributes)["cx"])
+    allowed, beyond = [float(value) for key, value in drawn.attributes if key == "x"][:2]
+    assert allowed < low < dot < beyond < high
+    assert dot == pytest.approx((low + high) / 2, abs=0.1)  # 0.5 points is halfway between -1 and 2
+    assert beyond == pytest.approx(low + (high - low) * 2 / 3, abs=0.1)  # and the margin two thirds of the way
+
+
+def test_curves_break_at_nothing_and_stay_in_the_frame():
+    rows = [{"step": i, "loss": float("nan") if i == 3 else 2.0 / (i + 1), "accuracy": i / 10} for i in range(10)]
+    rows[4]["accuracy"] = None
+    drawn = Balanced(pictures.curve(rows, "title", 0.5))
+    lines = [value for key, value in drawn.attributes if key == "d" and value.count("L") > 1]
+    assert [line.count("L") + 1 for line in lines] == [9, 9]
+    for line in lines:
+        places = np.array([place.split() for place in line[1:].split("L")], float)
+        assert (places >= 0).all()
+        assert (places[:, 0] <= 300).all()
+        assert (places[:, 1] <= 240).all()
+    accuracy = [float(place.split()[1]) for place in lines[0][1:].split("L")]
+    assert max(accuracy) == accuracy[0] == accuracy[3] == 108  # at the floor, which the first steps are below
+    assert Balanced(pictures.curve([{"step": 1, "loss": 0.0}], "one point", 0.0)).tags.count("circle") == 1
+
+
+def test_table_and_markdown_show_the_same_figures():
+    console = rich.console.Console(width=120, color_system=None)
+    with console.capture() as captured:
+        console.print(report.table(mlp()))
+    shown, lines = captured.get(), report.markdown(mlp()).splitlines()
+    assert "digits, residual MLP: The small model is not worse" in shown
+    assert "between -0.40 and 1.09" in " ".join(shown.split())
+    body = [line for line in lines if line.startswith("| ")]
+    assert body[0] == "|  | big | small | from scratch | without teacher |"
+    assert "| accuracy | 98.6% [97.5, 99.2] | 98.3% [97.1, 99.0] | 96.9% [95.4, 98.0] | 97.4% [95.9, 98.3] |" in body
+    assert "| parameters | 536k | 42.5k 12.6x fewer | 42.5k 12.6x fewer | 42.5k 12.6x fewer |" in body
+    for line in body[2:]:
+        for figure in line.strip("|").split("|"):
+            assert figure.split()[0] in shown
+
+
+def test_table_takes_square_brackets_and_pipes_literally():
+    results = mlp()
+    results["title"], results["models"][2]["name"] = "a [bold]title[/bold]", "x|y"
+    console = rich.console.Console(width=160, color_system=None)
+    with console.capture() as captured:
+        console.print(report.table(results))
+    assert "a [bold]title[/bold]" in captured.get()
+    assert "| x\\|y |" in report.markdown(results)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (numbers.count(3466), "3,466"),
+        (numbers.count(536074), "536k"),
+        (numbers.count(42474), "42.5k"),
+        (numbers.count(999_999), "1.00M"),
+        (numbers.count(2_136_000_000), "2.14G"),
+        (numbers.count(0), "0"),
+        (numbers.count(None), "–"),
+        (numbers.count(float("nan")), "–"),
+        (numbers.tick(30000), "30k"),
+        (numbers.tick(300_000), "300k"),
+        (numbers.tick(2000), "2,000"),
+        (numbers.tick(1_500_000), "1.5M"),
+        (numbers.nbytes(512), "512 B"),
+        (numbers.nbytes(2144296), "2.14 MB"),
+        (numbers.percent(0.979), "97.9%"),
+        (numbers.percent(0.99961), "99.96%"),
+        (numbers.percent(1.0), "100.0%"),
+        (numbers.points(-0.004), "−0.40"),
+        (numbers.points(-0.00001), "0.00"),
+        (numbers.milliseconds(0.3906), "0.391 ms"),
+        (numbers.milliseconds(1240.2), "1,240 ms"),
+        (numbers.times(536074, 42474, "fewer", "more"), "12.6x fewer"),
+        (numbers.times(10, 25, "faster", "slower"), "2.5x slower"),
+        (numbers.times(1e6, 2e3, "fewer", "more"), "500x fewer"),
+        (numbers.times(100, 101, "fewer", "more"), "the same"),
+        (numbers.times(None, 5, "fewer", "more"), ""),
+    ],
+)
+def test_numbers_for_people(written, expected):
+    assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        (axes.Scale(0, 1, 0, 1), [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (axes.Scale(-0.013, 0.024, 0, 1), [-0.01, 0.0, 0.01, 0.02]),
+        (axes.Scale(0.02, 3, 0, 1, log=True), [0.03, 0.1, 0.3, 1, 3]),
+        (axes.Scale(0.09, 0.6, 0, 1, log=True), [0.1, 0.2, 0.5]),
+        (axes.Scale(4.1, 4.9, 0, 1, log=True), [4.2, 4.4, 4.6, 4.8]),
+    ],
+)
+def test_ticks_are_round(scale, expected):
+    assert axes.ticks(scale) == pytest.approx(expected)
+
+
+def test_scales_are_linear_and_logarithmic():
+    linear, logarithmic = axes.Scale(2, 4, 10, 50), axes.Scale(1, 100, 10, 0, log=True)
+    assert [linear(x) for x in (2, 3, 4)] == pytest.approx([10, 30, 50])
+    assert [logarithmic(x) for x in (1, 10, 100)] == pytest.approx([10, 5, 0])
+
+
+def test_tag_escapes_text_and_attributes_but_not_markup():
+    made = tag("a", "<&", Markup("<b></b>"), None, class_='x"y', stroke_width=1.25, x=2.0, gone=None)
+    assert made == '<a class="x&quot;y" stroke-width="1.2" x="2">&lt;&amp;<b></b></a>'
+
+
+def test_the_results_are_left_as_they_were(tmp_path):
+    results = mlp()
+    before = copy.deepcopy(results)
+    report.write(results, tmp_path / "report.html"), report.markdown(results), report.table(results)
+    assert results == before

@@ -65,8 +65,8 @@ def run(spec, problem, steps=5, frozen_params=None, batch=None):
     mesh = mesh_of(spec)
     batch = batch or make_batch()
     teacher = frozen_params if frozen_params is not None else frozen()
-    state, shardings = init_state(problem, mesh, problem.model.rules, jax.random.key(0), batch, frozen=teacher)
-    step = make_step(problem, mesh, shardings)
+    state = init_state(problem, mesh, problem.model.rules, jax.random.key(0), batch, frozen=teacher)
+    step = make_step(problem, mesh, state)
     placed, teacher = parallel.put_batch(batch, mesh), jax.device_put(teacher, parallel.replicated(mesh))
     history = []
     for _ in range(steps):
@@ -94,7 +94,7 @@ def by_hand(params, loss_params, teacher, batch):
 def reference():
     """Five steps of SGD with momentum by hand."""
     batch, teacher = make_batch(), frozen()
-    state, _ = init_state(problem(), mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch, frozen=teacher)
+    state = init_state(problem(), mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch, frozen=teacher)
     params, trace = state.params, jax.tree.map(jnp.zeros_like, state.params["model"])
     grad = jax.jit(jax.value_and_grad(lambda p: by_hand(p["model"], p["loss"], teacher, batch), has_aux=True))
     history = []
@@ -132,12 +132,12 @@ def test_parameters_are_created_partitioned():
     mesh = mesh_of("data=2,fsdp=2,tensor=2")
     batch = make_batch()
     tx = optax.adam(1e-3)
-    state, _ = init_state(problem(tx=tx), mesh, STUDENT.rules, jax.random.key(0), batch, frozen=frozen())
+    state = init_state(problem(tx=tx), mesh, STUDENT.rules, jax.random.key(0), batch, frozen=frozen())
     kernel = state.params["model"]["layers"]["up"]["kernel"]
     assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
     assert kernel.addressable_shards[0].data.shape == (2, 4, 8)
     assert state.opt_state["model"][0].mu["layers"]["up"]["kernel"].sharding == kernel.sharding
-    one, _ = init_state(problem(tx=tx), mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch, frozen=frozen())
+    one = init_state(problem(tx=tx), mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch, frozen=frozen())
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), jax.device_get(one.params))
 
 
@@ -188,7 +188,7 @@ def test_a_term_with_state_and_collectives(spec):
     p = problem({"centre": (1.0, Term(init, apply, relates_examples=True))}, teacher=None)
     state, history = run(spec, p, steps=1, frozen_params={})
     batch = make_batch()
-    start, _ = init_state(p, mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch)
+    start = init_state(p, mesh_of("data=1"), STUDENT.rules, jax.random.key(0), batch)
     w = batch["weights"][:, None]
 
     def loss(params):

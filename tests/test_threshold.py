@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bmjax.prune import kth_largest, topk_mask
+from bmjax.prune import kth_largest, threshold, topk_mask
 from bmjax.prune.threshold import largest
 
 largest_of_one = jax.jit(lambda x, k: largest([x], k)[0])
@@ -44,6 +44,24 @@ def test_largest_equals_a_stable_sort(shape):
         for k in {0, 1, x.size // 5, int(rng.integers(x.size)), x.size - 1, x.size}:
             got = np.asarray(largest_of_one(x, k)).ravel()
             np.testing.assert_array_equal(got, reference([x], k), err_msg=f"{kind} {k}")
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_sampling_first_changes_nothing(monkeypatch, across):
+    monkeypatch.setattr(threshold, "_MANY", 1)
+    rng = np.random.default_rng(5)
+    run = jax.jit(lambda xs, ks: largest(xs, ks, across))
+    for kind in ("normal", "tied", "zeros", "extremes", "skewed", "constant"):
+        xs = [draw(rng, (40, 96), kind), draw(rng, (300,), kind)]
+        for share in (0.0, 0.01, 0.5, 1.0):
+            ks = [round(share * x.size) for x in xs]
+            masks = run(xs, np.array(sum(ks) if across else ks))
+            if across:
+                flat = np.concatenate([np.asarray(mask).ravel() for mask in masks])
+                np.testing.assert_array_equal(flat, reference(xs, sum(ks)), err_msg=f"{kind} {ks}")
+            else:
+                for x, k, mask in zip(xs, ks, masks):
+                    np.testing.assert_array_equal(np.asarray(mask).ravel(), reference([x], k), err_msg=f"{kind} {k}")
 
 
 def test_denormal_scores_keep_their_order():
@@ -91,15 +109,16 @@ def test_topk_mask_keeps_n_minus_rounded_share():
 
 
 @pytest.mark.parametrize(
-    ("shape", "spec"),
+    ("shape", "spec", "sampled"),
     [
-        ((16, 64), P("fsdp", "tensor")),
-        ((16, 72), P(None, ("fsdp", "tensor"))),
-        ((8, 3, 24), P("tensor", None, "fsdp")),
-        ((64,), P("fsdp")),
+        ((16, 64), P("fsdp", "tensor"), False),
+        ((16, 72), P(None, ("fsdp", "tensor")), False),
+        ((16, 72), P(None, ("fsdp", "tensor")), True),
+        ((8, 3, 24), P("tensor", None, "fsdp"), False),
     ],
 )
-def test_partitioned_scores_give_the_same_mask_without_a_gather(shape, spec):
+def test_partitioned_scores_give_the_same_mask_without_a_gather(monkeypatch, shape, spec, sampled):
+    monkeypatch.setattr(threshold, "_MANY", 1 if sampled else 2**20)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     sharding = NamedSharding(mesh, spec)
     x = draw(np.random.default_rng(4), shape, "tied")

@@ -6,6 +6,7 @@ Items of the Grain dataset are whole batches, gathered in one NumPy call: a Grai
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.config import at_least, field, within
 from bmjax.data.dataset import Split
 
 if TYPE_CHECKING:
     import grain
 
 
-def train_batches(split: Split, batch: int, seed: int, *, shift: int = 0) -> grain.MapDataset:
+@dataclasses.dataclass
+class Augment:
+    """Random changes of training inputs; student and teacher see the same ones."""
+
+    shift: int = field(0, "largest move of an image each way, pixels; filled with 0", check=at_least(0))
+    shifted: float = field(0.5, "fraction of the images that are moved", check=within(0, 1))
+    noise: float = field(0.0, "standard deviation of Gaussian noise on the normalised inputs", check=at_least(0))
+
+
+@dataclasses.dataclass
+class Data:
+    """Where examples come from and how they are batched."""
+
+    source: str = field("digits", "digits, or arrays:<file.npz> with inputs [n, ...] and targets [n]")
+    batch: int = field(128, "examples a step, over all devices", check=at_least(1))
+    augment: Augment = field(Augment(), "changes of the training inputs")
+
+
+def train_batches(split: Split, batch: int, seed: int, augment: Augment | None = None) -> grain.MapDataset:
     """A dataset whose item i is the whole batch of step i, for any i.
 
     Each epoch is a new permutation of all examples that depends on (seed, epoch); a batch may hold the end of one and the start
@@ -30,7 +50,7 @@ def train_batches(split: Split, batch: int, seed: int, *, shift: int = 0) -> gra
         split: the examples.
         batch: examples in a batch.
         seed: of the shuffling and shifting.
-        shift: moves each image [H, W, C] by up to so many pixels each way, filled with 0; depends on (seed, step) only.
+        augment: random changes, drawn from (seed, step) only.
 
     Returns:
         A Grain dataset of {"inputs": float32 [B, ...], "targets": int32 [B], "weights": float32 ones [B], "id": int32 [B]}.
@@ -44,39 +64,49 @@ def train_batches(split: Split, batch: int, seed: int, *, shift: int = 0) -> gra
         raise ValueError(f"the batch size is {batch}; expected 1 to {len(split)}, the examples of the train split")
     if seed < 0:
         raise ValueError(f"the data seed is {seed}; expected at least 0")
+    augment = augment or Augment()
+    shift = augment.shift
     if shift and (split.inputs.ndim != 4 or not 0 < shift < min(split.inputs.shape[1:3])):
         raise ValueError(
             f"shift is {shift} for inputs {list(split.inputs.shape[1:])}; expected images [H, W, C] larger than the shift"
         )
-    return grain.MapDataset.source(_TrainSource(split, batch, seed, shift))
+    return grain.MapDataset.source(_TrainSource(split, batch, seed, augment))
 
 
 class _TrainSource:
-    """Batches by step, for Grain."""
+    """Whole batches by step, for Grain."""
 
-    def __init__(self, split: Split, batch: int, seed: int, shift: int) -> None:
-        self._split, self._batch, self._seed, self._shift = split, batch, seed, shift
+    def __init__(self, split: Split, batch: int, seed: int, augment: Augment) -> None:
+        self._split, self._batch, self._seed, self._augment = split, batch, seed, augment
         self._weights = np.ones(batch, np.float32)
         self._weights.flags.writeable = False  # shared by all batches
         self._permutation = functools.lru_cache(2)(self._new_permutation)
-        self._windows = _windows(split.inputs, shift) if shift else None
+        self._windows = _windows(split.inputs, augment.shift) if augment.shift else None
 
     def __len__(self) -> int:
         return sys.maxsize // self._batch
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
         rows = self._rows(step)
-        if self._windows is None:
-            inputs = self._split.inputs.take(rows, axis=0)
-        else:
-            move = np.random.default_rng((self._seed, 1, step)).integers(0, 2 * self._shift + 1, (2, self._batch))
-            inputs = self._windows[rows, move[0], move[1]]
         return {
-            "inputs": inputs,
+            "inputs": self._inputs(rows, step),
             "targets": self._split.targets.take(rows),
             "weights": self._weights,
             "id": self._split.id.take(rows),
         }
+
+    def _inputs(self, rows: np.ndarray, step: int) -> np.ndarray:
+        augment = self._augment
+        if self._windows is None and not augment.noise:
+            return self._split.inputs.take(rows, axis=0)
+        rng = np.random.default_rng((self._seed, 1, step))
+        if self._windows is None:
+            inputs = self._split.inputs.take(rows, axis=0)
+        else:
+            move = rng.integers(0, 2 * augment.shift + 1, (2, self._batch))
+            still = rng.random(self._batch) >= augment.shifted
+            inputs = self._windows[rows, *np.where(still, augment.shift, move)]
+        return inputs + augment.noise * rng.standard_normal(inputs.shape, np.float32) if augment.noise else inputs
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, first = divmod(step * self._batch, len(self._split))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -51,7 +52,7 @@ class PlainMLP(nn.Module):
             x = nn.relu(nn.Dense(size, kernel_init=_kernel_init, name=f"hidden_{i}")(x))
             features[f"hidden_{i}"] = x
         logits = nn.Dense(self.classes, name="head")(x)
-        head = self.get_variable("params", "head")
+        head: Any = self.get_variable("params", "head")
         return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
 
 
@@ -102,7 +103,7 @@ class ResidualMLP(nn.Module):
 
     def resized(self, sizes: Mapping[str, int]) -> ResidualMLP:
         """Other layers, neurons or width."""
-        return self.clone(**sizes)
+        return self.clone(**cast(Any, sizes))
 
     @nn.compact
     def __call__(
@@ -122,7 +123,7 @@ class ResidualMLP(nn.Module):
         features |= split_captured(stacked, capture)
         x = features["final"] = nn.LayerNorm(name="final_norm")(x)
         logits = nn.Dense(self.classes, name="head")(x)
-        head = self.get_variable("params", "head")
+        head: Any = self.get_variable("params", "head")
         return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
 
 

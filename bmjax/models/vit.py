@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -87,7 +88,7 @@ class ViT(nn.Module):
 
     def resized(self, sizes: Mapping[str, int]) -> ViT:
         """Other layers, heads, neurons or width."""
-        return self.clone(**sizes)
+        return self.clone(**cast(Any, sizes))
 
     @nn.compact
     def __call__(
@@ -112,7 +113,7 @@ class ViT(nn.Module):
         features |= split_captured(stacked, capture)
         x = features["final"] = nn.LayerNorm(name="final_norm")(x).mean(axis=1)
         logits = nn.Dense(self.classes, name="head")(x)
-        head = self.get_variable("params", "head")
+        head: Any = self.get_variable("params", "head")
         return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
 
 

@@ -35,7 +35,7 @@ def count(x: float) -> str:
 
 def tick(x: float) -> str:
     """`count` for an axis, without decimals that are zero: 30k, 1.5M."""
-    return re.sub(r"\.0+(?=\D)", "", count(x))
+    return re.sub(r"(\.\d*?)0+(?=\D)", lambda found: found[1].rstrip("."), count(x))
 
 
 @_dash_if_missing

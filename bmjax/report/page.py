@@ -72,9 +72,10 @@ def _evidence(verdict: Mapping[str, Any]) -> Markup | None:
     """What the verdict rests on, where it is known."""
     said = []
     if verdict.get("big_only") is not None and verdict.get("small_only") is not None:
-        of = f" of {verdict['n']:,}" if verdict.get("n") else ""
-        only = f"only the big model {verdict['big_only']:,}, only the small one {verdict['small_only']:,}"
-        said.append(f"Right on the test split{of}: {only}.")
+        of = f"Of {verdict['n']:,} test examples" if verdict.get("n") else "Of the test examples"
+        said.append(
+            f"{of}, {verdict['big_only']:,} are right with the big model only, {verdict['small_only']:,} with the small one only."
+        )
     if verdict.get("power") is not None:
         said.append(f"A model that lost nothing would pass this test with a chance of {numbers.percent(verdict['power'])}.")
     return tag("p", " ".join(said), class_="soft") if said else None
@@ -90,7 +91,7 @@ def _cards(results: Mapping[str, Any]) -> Markup | None:
     accuracies = [(entry.get("metrics") or {}).get("accuracy") for entry in (big, small)]
     shown = [
         _card(big.get("parameters"), small.get("parameters"), "fewer", "more", "parameters", numbers.count),
-        _card(big.get("flops"), small.get("flops"), "fewer", "more", "FLOPs an example", numbers.count),
+        _card(big.get("flops"), small.get("flops"), "fewer", "more", "FLOPs per example", numbers.count),
         _card(medians[0], medians[1], "faster", "slower", f"for a batch of {batch}", numbers.milliseconds),
         _card(big.get("bytes"), small.get("bytes"), "smaller", "larger", "in bytes", numbers.nbytes),
     ]
@@ -201,16 +202,16 @@ def _candidates(tried: Sequence[Mapping[str, Any]]) -> Markup | None:
         (
             numbers.count(candidate.get("parameters")),
             [
+                tag("b", "chosen") if candidate.get("chosen") else "holds" if candidate.get("holds") else "fails",
                 *((candidate.get("sizes") or {}).get(name, numbers.MISSING) for name in sizes),
                 numbers.percent(candidate.get("valid_accuracy")),
                 numbers.points(candidate.get("valid_drop")),
-                tag("b", "chosen") if candidate.get("chosen") else "holds" if candidate.get("holds") else "fails",
             ],
         )
         for candidate in ordered
     ]
     drawn = pictures.candidates(tried)
-    listed = _table(["parameters", *sizes, "accuracy", "drop, points", ""], body)
+    listed = _table(["parameters", "result", *sizes, "accuracy", "drop, points"], body)
     return tag(
         "section",
         tag("h2", "Sizes that were tried"),

@@ -8,8 +8,8 @@ STYLE = """
   --page: #0f1318; --card: #181d24; --ink: #e8ecf0; --soft: #9aa6b2; --rule: #303842;
   --big: #56b4e9; --small: #f0914a; --tint: #2a221b; --allowed: #1a2f3d; --beyond: #232a32; --hollow: #4c5661; } }
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.5;
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+body { margin: 0; background: var(--page); color: var(--ink);
+  font: 1rem/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 1080px; margin: 0 auto; padding: 28px 20px 60px; }
 header p, .soft, footer { color: var(--soft); }
 header p { margin: 0; }
@@ -59,6 +59,7 @@ pre { background: var(--page); border: 1px solid var(--rule); border-radius: 6px
 .layer.removed, .layer.removed b { color: var(--soft); }
 .part { margin: 0; max-width: 100%; }
 .layer small { display: block; color: var(--soft); font-size: .85rem; }
+.panels svg { width: 100%; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(290px, 100%), 1fr)); gap: 18px 24px; }
 .matrices { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(320px, 100%), 1fr)); gap: 18px 24px; }
 .beside { display: flex; flex-wrap: wrap; gap: 16px 32px; align-items: start; }
@@ -82,7 +83,7 @@ svg text.strong { font-weight: 600; }
 .ring { fill: none; stroke: var(--small); stroke-width: 1.5; }
 .kept, .gone { fill: none; stroke: var(--big); } .gone { stroke: var(--rule); } .amount { fill: var(--soft); }
 .right { fill: var(--big); } .wrong { fill: var(--small); } .none { fill: var(--page); }
-@media (max-width: 760px) {
+@media screen and (max-width: 760px) {
   main { padding: 16px 10px 40px; }
   section { padding: 16px 14px; }
   .verdict, .layer { grid-template-columns: minmax(0, 1fr); }
@@ -98,7 +99,10 @@ svg text.strong { font-weight: 600; }
   :root { color-scheme: light; --page: #fff; --card: #fff; --ink: #000; --soft: #444; --rule: #ccc; --big: #0072b2;
     --small: #d55e00; --tint: #fdf1e7; --allowed: #e3f0f8; --beyond: #eceef0; --hollow: #b6bec7; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  body { font-size: 12px; } main { padding: 0; max-width: none; }
+  html { font-size: 11px; } main { padding: 0; max-width: none; }
+  .verdict { grid-template-columns: minmax(0, 1fr) 300px; }
+  .cards { grid-template-columns: repeat(5, 1fr); }
+  .panels, .matrices { grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); }
   figure, .layer, .cards, .verdict, tr { break-inside: avoid; } h2 { break-after: avoid; }
   .scroll { overflow: visible; }
 }

@@ -101,7 +101,7 @@ def _latency(entry: Mapping[str, Any], big: Mapping[str, Any]) -> Cell:
 def _latency_range(entry: Mapping[str, Any], _: Mapping[str, Any]) -> Cell:
     measured = entry.get("latency") or {}
     ends = [measured.get("low_ms"), measured.get("high_ms")]
-    return Cell(numbers.MISSING if None in ends else f"{ends[0]:.3g} to {ends[1]:.3g} ms")
+    return Cell(numbers.MISSING if None in ends else f"{ends[0]:.3g}–{ends[1]:.3g}")
 
 
 def _plain(key: str) -> Callable[..., Cell]:
@@ -118,9 +118,9 @@ MEASURES: dict[str, Callable[..., Cell]] = {
     "agrees with big": _agreement,
     "parameters": _cost("parameters", numbers.count, "fewer", "more"),
     "size": _cost("bytes", numbers.nbytes, "smaller", "larger"),
-    "FLOPs an example": _cost("flops", numbers.count, "fewer", "more"),
+    "FLOPs per example": _cost("flops", numbers.count, "fewer", "more"),
     "latency": _latency,
-    "latency range": _latency_range,
+    "latency range, ms": _latency_range,
     "training steps": _plain("train_steps"),
     "training FLOPs": _plain("train_flops"),
 }

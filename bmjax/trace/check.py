@@ -13,8 +13,6 @@ from bmjax.trace.groups import Traced, trace
 from bmjax.trace.keep import masks
 from bmjax.types import Group, Params
 
-_TOLERANCE = 1e-4  # of the largest output, in float32; a wrong group differs by tenths
-
 
 def groups(
     fn: Callable[..., Any],
@@ -54,23 +52,25 @@ def inexact(traced: Traced, params: Params, *args: Any) -> dict[str, str]:
         args: as traced, likewise.
     """
     check = _Check(traced, *_random((params, args)))
+    tolerance = _tolerance(traced)
     found: dict[str, str] = {}
 
     def search(groups: Sequence[Group]) -> None:
         difference = check.difference(groups) if groups else 0.0
-        if difference <= _TOLERANCE:
-            return
-        if len(groups) == 1:
+        if difference > tolerance and len(groups) == 1:
             found[groups[0].name] = f"{difference:.1g}"
-            return
-        before = len(found)
-        search(groups[: len(groups) // 2])
-        search(groups[len(groups) // 2 :])
-        if len(found) == before:  # each half is exact alone: the fault lies between them
-            found.update({group.name: f"{difference:.1g} together with other groups" for group in groups})
+        elif difference > tolerance:
+            search(groups[: len(groups) // 2])
+            search(groups[len(groups) // 2 :])
 
     search([group for group in traced.groups if not group.note])
     return found
+
+
+def _tolerance(traced: Traced) -> float:
+    """What rounding may change, relative to the largest output: half the digits of the coarsest floats on the way."""
+    floats = [dtype for dtype in traced.dtypes if jnp.issubdtype(dtype, jnp.floating)]
+    return max((float(jnp.finfo(dtype).eps) for dtype in floats), default=0.0) ** 0.5
 
 
 class _Check:

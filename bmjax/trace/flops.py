@@ -16,8 +16,8 @@ def flops(fn: Callable[..., Any], *args: Any) -> int:
     """Operations of the matrix products and convolutions in `fn(*args)`, a multiply-add counted as 2.
 
     A scan's body counts once for each of its steps and a conditional as its dearest branch. A `while` loop's body counts once, as
-    its number of steps is not known. Elementwise operations, reductions and look-ups are not counted. It is a gradient's cost too
-    where `fn` takes one.
+    its number of steps is not known, and inside `shard_map` only one device is counted. Elementwise operations, reductions and
+    look-ups are left out. Where `fn` takes a gradient, its cost is counted too.
 
     Args:
         fn: any JAX function.

@@ -39,6 +39,11 @@ class Traced:
     _in_names: tuple[str, ...]
     _out_tree: Any
 
+    @property
+    def dtypes(self) -> set[Any]:
+        """Of everything that the function computes."""
+        return self._frame.dtypes()
+
     def replay(self, keeps: Mapping[str, Any]) -> Callable[..., Any]:
         """The same function at the sizes that are left: `(compacted params, *args) -> output`.
 
@@ -60,7 +65,7 @@ class Traced:
                 raise ValueError(f"{len(leaves)} arrays were given; the traced function has {len(expected)}")
             for name, leaf, shape in zip(self._in_names, leaves, expected):
                 if np.shape(leaf) != shape:
-                    raise ValueError(f"{name} has shape {list(np.shape(leaf))}, expected {list(shape)}; compact it first")
+                    raise ValueError(f"{name} has shape {list(np.shape(leaf))}, expected {list(shape)}: as traced, or compacted")
             return jax.tree.unflatten(self._out_tree, replay.run(self._frame, leaves))
 
         return run
@@ -105,7 +110,7 @@ def trace(fn: Callable[..., Any], params: Params, *args: Any, names: Mapping[str
         frame,
         owners,
         in_axes,
-        tuple(trees.paths((params, args))),
+        (*leaves, *(f"argument {path}" for path in trees.paths(args))),
         jax.tree.structure(out_shape),
     )
 

@@ -22,9 +22,10 @@ Outputs = Sequence[Any]
 NORM = "statistics over this axis change (norm)"
 EXTREME = "an extreme over this axis also sees zeros (softmax, max)"
 ELEMENTWISE = """
-    abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq erf erf_inv
-    erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    abs acos acosh add and asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type copy copy_p cos cosh div eq
+    erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg
+    nextafter not or pow reduce_precision rem round rsqrt select_n sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor
 """.split()  # noqa: SIM905  # a list literal would take a line for each
 
 RULES: dict[str, Rule] = {}
@@ -126,6 +127,17 @@ def _broadcast(tracer: Tracer, equation: Equation) -> list[Axes]:
         if in_shape[i] == shape[j]:
             out[j] = axes[i]
     return [out]
+
+
+def _replay_tile(replay: Replay, equation: Equation, inputs: Sequence[Any]) -> Outputs:
+    left = replay.shape(equation.outs[0])
+    return replay.bind(equation, inputs, reps=tuple(size // max(old, 1) for size, old in zip(left, inputs[0].shape)))
+
+
+@rule("tile", replay=_replay_tile)
+def _tile(tracer: Tracer, equation: Equation) -> list[Axes]:
+    """Repetition is a new outer axis merged with the old one."""
+    return [[resolve(Prod((Atom(reps), term))) for reps, term in zip(equation.params["reps"], equation.ins[0])]]
 
 
 @rule("iota", replay=lambda replay, equation, inputs: replay.bind(equation, inputs, shape=replay.shape(equation.outs[0])))

@@ -80,6 +80,11 @@ class Frame:
     outs: list[Axes]
     layers: Atom | None = None
 
+    def dtypes(self) -> set[Any]:
+        """The dtypes of all results here and in the bodies."""
+        own = {getattr(var.aval, "dtype", None) for eqn in self.jaxpr.eqns for var in eqn.outvars} - {None}
+        return own.union(*(body.dtypes() for equation in self.equations for body in equation.bodies))
+
     def values(self, inside: tuple[Atom, ...] = ()) -> Iterator[tuple[tuple[Atom, ...], Axes]]:
         """All (atoms of the scans around it, axes of a value) here and in the bodies."""
         if self.layers is not None:

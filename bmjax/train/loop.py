@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+from absl import logging
 
+from bmjax.config import at_least, field
 from bmjax.types import TrainState
 
 
@@ -18,12 +21,13 @@ class Stop(KeyboardInterrupt):
     """Ctrl-C, after the step in flight was finished and the state saved."""
 
 
-class Every(NamedTuple):
-    """After how many steps what happens; 0 is never. The last step always evaluates and saves."""
+@dataclasses.dataclass
+class Every:
+    """After how many steps what happens. The last step always logs, evaluates and saves."""
 
-    log: int = 50
-    evaluate: int = 0
-    save: int = 0
+    log: int = field(50, "steps between lines in the log; 0 is only the last", check=at_least(0))
+    evaluate: int = field(0, "steps between evaluations on the validation split; 0 is only the last", check=at_least(0))
+    save: int = field(1000, "steps between checkpoints; 0 is only the last", check=at_least(0))
 
 
 @contextlib.contextmanager
@@ -52,8 +56,8 @@ def _loss(step: int, metrics: Mapping[str, jax.Array], checkpoints: Any) -> floa
     if math.isfinite(loss):
         return loss
     terms = ", ".join(f"{name} {float(jax.device_get(value)):g}" for name, value in metrics.items() if name != "loss")
-    saved = checkpoints.latest() if checkpoints is not None else None
-    kept = f"the last good checkpoint is step {saved}" if saved is not None else "nothing was saved"
+    saved = checkpoints.steps() if checkpoints is not None else []
+    kept = f"the last good checkpoint is step {saved[-1]}" if saved else "nothing was saved"
     raise ValueError(
         f"the loss is {loss:g} at step {step} ({terms}); {kept}; "
         "look at that batch, or lower the learning rate or clip the gradient"
@@ -69,7 +73,7 @@ def fit(
     *,
     log: Any,
     name: str,
-    every: Every = Every(),
+    every: Every,
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     checkpoints: Any = None,
     best: str = "accuracy",
@@ -114,7 +118,7 @@ def fit(
                 progress(done, _loss(done, previous, checkpoints))
             done += 1
             last = done == steps or interrupted()
-            if every.log and (done % every.log == 0 or last):
+            if last or (every.log and done % every.log == 0):
                 _loss(done, held, checkpoints)
                 log.scalars(done, {key: float(value) for key, value in jax.device_get(held).items()}, name)
             scores = None
@@ -130,7 +134,8 @@ def fit(
             if last and done < steps:
                 if checkpoints is not None:
                     checkpoints.wait()
-                raise Stop(f"{name}: stopped at step {done} of {steps}; the same command goes on from here")
+                logging.warning("%s: stopped at step %d of %d; the same command goes on from here", name, done, steps)
+                raise Stop
     if checkpoints is not None:
         checkpoints.wait()
     return state

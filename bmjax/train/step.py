@@ -202,13 +202,13 @@ def _update(problem: Problem, state: TrainState, grads: Params, **extra_args: An
     return params, opt_state
 
 
-def make_step(problem: Problem, mesh: Mesh, shardings: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
+def make_step(problem: Problem, mesh: Mesh, state: TrainState) -> Callable[..., tuple[TrainState, Metrics]]:
     """The jitted step `(state, frozen, batch) -> (state, metrics)`; the state is donated.
 
     Args:
         problem: what is trained.
         mesh: from `parallel.make_mesh`; decides the executor.
-        shardings: of the state, from `init_state`.
+        state: real or abstract; the new state is partitioned like it.
 
     Returns:
         A function of: the state; the teacher's {"params", "model_state"}, or None without a teacher; a batch put on the
@@ -223,11 +223,36 @@ def make_step(problem: Problem, mesh: Mesh, shardings: TrainState) -> Callable[.
         params, opt_state = _update(problem, state, grads)
         return TrainState(state.step + 1, params, model_state, opt_state, extra, state.rng), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, parallel.replicated(mesh)))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), parallel.replicated(mesh)))
 
 
 def _bind(problem: Problem) -> Callable[..., Any]:
     return lambda state, frozen, batch: _gradients(problem, state, frozen, batch)
+
+
+def abstract_state(
+    problem: Problem, mesh: Mesh, rules: Rules, key: jax.Array, batch: Batch, *, frozen: Frozen = None
+) -> TrainState:
+    """The state that `init_state` would make, as ShapeDtypeStructs with shardings: what a checkpoint is restored onto.
+
+    Parameters are partitioned by the rules, the optimiser's state like the parameters; everything else is replicated.
+
+    Raises:
+        ValueError: as `init_state`.
+    """
+    shapes = jax.eval_shape(_initialiser(problem, batch, frozen), key, None)
+    if jax.tree.leaves(shapes.params["loss"]) and problem.loss_tx is None:
+        raise ValueError(
+            f"the loss terms {sorted(shapes.params['loss'])} have parameters of their own; give the problem a loss_tx"
+        )
+    whole = parallel.replicated(mesh)
+    everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)
+    params = {"model": parallel.partition(shapes.params["model"], rules, mesh), "loss": everywhere(shapes.params["loss"])}
+    opt_state = {
+        part: parallel.like_params(tree, shapes.params[part], params[part], mesh) for part, tree in shapes.opt_state.items()
+    }
+    shardings = TrainState(whole, params, everywhere(shapes.model_state), opt_state, everywhere(shapes.extra), whole)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
 def init_state(
@@ -239,7 +264,7 @@ def init_state(
     *,
     params: Params | None = None,
     frozen: Frozen = None,
-) -> tuple[TrainState, TrainState]:
+) -> TrainState:
     """A fresh state, created already partitioned: no parameter ever exists whole where it is split.
 
     Args:
@@ -250,33 +275,18 @@ def init_state(
         params: start from these model parameters (copied) instead of fresh ones.
         frozen: the teacher's, arrays or abstract; needed with a teacher.
 
-    Returns:
-        (state, its shardings).
-
     Raises:
         ValueError: no rule covers a parameter, `params` do not fit the model, or a term owns parameters and `loss_tx` is None.
     """
-    init = _initialiser(problem, batch, frozen)
-    shapes = jax.eval_shape(init, key, None)
-    if params is not None and (problem_with := trees.first_difference(shapes.params["model"], params)):
-        raise ValueError(f"the parameters given do not fit the model: {problem_with}")
-    if jax.tree.leaves(shapes.params["loss"]) and problem.loss_tx is None:
-        raise ValueError(
-            f"the loss terms {sorted(shapes.params['loss'])} have parameters of their own; give the problem a loss_tx"
-        )
-    shardings = state_shardings(shapes, mesh, rules)
-    return jax.jit(init, out_shardings=shardings)(key, params), shardings
+    shapes = abstract_state(problem, mesh, rules, key, batch, frozen=frozen)
+    if params is not None and (misfit := trees.first_difference(shapes.params["model"], params)):
+        raise ValueError(f"the parameters given do not fit the model: {misfit}")
+    return jax.jit(_initialiser(problem, batch, frozen), out_shardings=shardings_of(shapes))(key, params)
 
 
-def state_shardings(shapes: TrainState, mesh: Mesh, rules: Rules) -> TrainState:
-    """Shardings of a whole state: parameters by the rules, the optimiser's state like the parameters, the rest replicated."""
-    whole = parallel.replicated(mesh)
-    everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)
-    params = {"model": parallel.partition(shapes.params["model"], rules, mesh), "loss": everywhere(shapes.params["loss"])}
-    opt_state = {
-        part: parallel.like_params(tree, shapes.params[part], params[part], mesh) for part, tree in shapes.opt_state.items()
-    }
-    return TrainState(whole, params, everywhere(shapes.model_state), opt_state, everywhere(shapes.extra), whole)
+def shardings_of(state: TrainState) -> TrainState:
+    """The sharding of every leaf of a state, real or abstract."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
 def _initialiser(problem: Problem, batch: Batch, frozen: Frozen) -> Callable[[jax.Array, Params | None], TrainState]:
