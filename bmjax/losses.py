@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bmjax.config import field, within
 from bmjax.types import Batch, LossTerm, Mean, Outputs, Term
 
 
@@ -59,3 +61,15 @@ def as_term(term: LossTerm) -> Term:
         return term
     fn: Callable[..., Any] = term
     return Term(lambda key, student, teacher: ({}, {}), lambda ctx, student, teacher, batch: fn(student, teacher, batch))
+
+
+@dataclasses.dataclass
+class Task:
+    """Config of the task loss."""
+
+    label_smoothing: float = field(0.0, "mass that is spread over all classes", check=within(0, 1, open_high=True))
+    class_weights: tuple[float, ...] | None = field(None, "one weight per class; none weighs all alike")
+
+    def term(self) -> LossTerm:
+        """The cross-entropy term."""
+        return cross_entropy_term(self.label_smoothing, self.class_weights)

@@ -3,3 +3,4 @@
 from bmjax.distill.features import hint as hint
 from bmjax.distill.logits import kd as kd
 from bmjax.distill.logits import kl_divergence as kl_divergence
+from bmjax.distill.objective import Distill as Distill

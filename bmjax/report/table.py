@@ -149,8 +149,10 @@ def table(results: Mapping[str, Any]) -> rich.table.Table:
         title_justify="left",
         caption_justify="left",
         box=rich.box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
     )
-    drawn.add_column("")
+    drawn.add_column("", no_wrap=True)
     for entry in results["models"]:
         drawn.add_column(rich.text.Text(entry["name"]), justify="right")
     for row in rows(results):

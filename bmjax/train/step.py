@@ -245,8 +245,8 @@ def abstract_state(
         raise ValueError(
             f"the loss terms {sorted(shapes.params['loss'])} have parameters of their own; give the problem a loss_tx"
         )
-    whole = parallel.replicated(mesh)
-    everywhere = lambda tree: jax.tree.map(lambda _: whole, tree)
+    whole: Any = parallel.replicated(mesh)
+    everywhere: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda _: whole, tree)
     params = {"model": parallel.partition(shapes.params["model"], rules, mesh), "loss": everywhere(shapes.params["loss"])}
     opt_state = {
         part: parallel.like_params(tree, shapes.params[part], params[part], mesh) for part, tree in shapes.opt_state.items()

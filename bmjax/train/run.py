@@ -1,0 +1,141 @@
+"""One training run from its config: data, mesh, checkpoints and log around the step. The same call resumes it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from bmjax import data, measure, parallel, trace
+from bmjax.config import at_least, field
+from bmjax.train import loop
+from bmjax.train.checkpoint import Checkpoints
+from bmjax.train.log import Log
+from bmjax.train.optimizer import Optimizer
+from bmjax.train.step import Frozen, Problem, abstract_state, init_state, make_step
+from bmjax.types import Batch, Params, TrainState
+
+
+@dataclasses.dataclass
+class Run:
+    """How long, and with what optimiser."""
+
+    steps: int = field(600, "updates", check=at_least(1))
+    accumulate: int = field(1, "microbatches a step", check=at_least(1))
+    optimizer: Optimizer = field(Optimizer(), "the update rule")
+    every: loop.Every = field(loop.Every(), "how often to log, evaluate and save")
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Where runs take place.
+
+    Attributes:
+        mesh: the devices.
+        dataset: the examples.
+        data: how they are batched.
+        directory: checkpoints of the run called name go to directory/checkpoints/name.
+        log: where figures go.
+        seed: of parameters, shuffling and all that is random.
+    """
+
+    mesh: Mesh
+    dataset: data.Dataset
+    data: data.Data
+    directory: pathlib.Path
+    log: Log
+    seed: int
+
+    def example(self) -> Batch:
+        """A batch on the host, for shapes."""
+        return data.train_batches(self.dataset.train, self.data.batch, self.seed)[0]
+
+
+def fit(
+    bench: Bench, name: str, problem: Problem, run: Run, *, params: Params | None = None, frozen: Frozen = None
+) -> TrainState:
+    """Trains, or goes on with, the run called `name`; returns its last state, partitioned over the mesh.
+
+    Args:
+        bench: where.
+        name: of the run, in the log and among the checkpoints.
+        problem: what is trained; its `tx` is built for `run.steps`.
+        run: how long.
+        params: model parameters to start from, instead of fresh ones.
+        frozen: the teacher's {"params", "model_state"}.
+
+    Raises:
+        ValueError: the batch does not divide over the mesh; as `init_state`, `Checkpoints.restore` and `loop.fit`.
+    """
+    parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
+    batches = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, bench.data.augment)
+    rules, key, example = getattr(problem.model, "rules", ((".*", ()),)), jax.random.key(bench.seed), bench.example()
+    abstract = abstract_state(problem, bench.mesh, rules, key, example, frozen=frozen)
+    with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            state = init_state(problem, bench.mesh, rules, key, example, params=params, frozen=frozen)
+        else:
+            state = restored.state
+        start = int(state.step)
+        bench.log.resume(start, name)
+        if start >= run.steps:
+            return state
+        put = functools.partial(parallel.put_batch, mesh=bench.mesh)
+        with contextlib.closing(data.prefetch(batches, start, put)) as placed:
+            return loop.fit(
+                make_step(problem, bench.mesh, abstract),
+                state,
+                frozen,
+                placed,
+                run.steps,
+                log=bench.log,
+                name=name,
+                every=run.every,
+                evaluate=lambda state: _scores(bench, problem, state),
+                checkpoints=checkpoints,
+            )
+
+
+def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, float]:
+    """What is logged of the validation split."""
+    found = evaluate(bench, predictor(problem.model), state.params["model"], state.model_state, bench.dataset.valid).summary
+    return {"accuracy": found["accuracy"], "nll": found["nll"]}
+
+
+@functools.lru_cache(maxsize=16)
+def predictor(model: Any) -> Callable[[Params, Params, Batch], jax.Array]:
+    """The jitted forward pass (params, model_state, batch) -> logits, compiled once for a model."""
+    return jax.jit(lambda params, model_state, batch: model.apply(params, model_state, batch)[0].logits)
+
+
+def evaluate(
+    bench: Bench,
+    logits: Callable[[Params, Params, Batch], jax.Array],
+    params: Params,
+    model_state: Params,
+    split: data.Split,
+    teacher: Callable[[Batch], jax.Array] | None = None,
+) -> measure.Evaluation:
+    """All metrics of a model on a split, over the whole mesh."""
+    batches = (parallel.put_batch(batch, bench.mesh) for batch in data.eval_batches(split, bench.data.batch))
+    return measure.evaluate(
+        functools.partial(logits, params, model_state), batches, classes=bench.dataset.classes, teacher_logits_fn=teacher
+    )
+
+
+def forward_flops(model: Any, params: Params, model_state: Params, shape: tuple[int, ...]) -> int:
+    """FLOPs of one example's forward pass: matrix products and convolutions, a multiply-add counted as 2."""
+    inputs = jax.ShapeDtypeStruct((2, *shape), "float32")
+    return trace.flops(lambda p, x: model.apply(p, model_state, {"inputs": x})[0].logits, params, inputs) // 2
+
+
+def step_flops(student: int, teacher: int, batch: int) -> int:
+    """FLOPs of a training step: the student's backward pass costs twice its forward pass, the teacher only runs forward."""
+    return batch * (3 * student + teacher)
