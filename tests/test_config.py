@@ -1,4 +1,3 @@
-# ruff: noqa: RUF009
 import dataclasses
 import json
 import math

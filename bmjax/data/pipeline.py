@@ -9,7 +9,7 @@ import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ def eval_batches(split: Split, batch: int) -> list[dict[str, np.ndarray]]:
     return batches
 
 
-def prefetch(dataset: Sequence[Any], start: int, put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(dataset: Sequence[Any], start: int, put: Callable[[Any], Any], depth: int = 2) -> Generator[Any, None, None]:
     """`put(dataset[i])` for i = start, start + 1, ...; a thread stays `depth` items ahead.
 
     An error of the dataset or of `put` is raised where its item would have come. Close the iterator (`contextlib.closing`) to end

@@ -75,6 +75,25 @@ def load(directory: str | os.PathLike[str]) -> Callable[[Any], jax.Array]:
     return _read(directory)
 
 
+def load_params(directory: str | os.PathLike[str]) -> Params:
+    """The parameters of an exported model as a nested dict of NumPy arrays.
+
+    Raises:
+        ValueError: the manifest, or a file listed in it, is missing or altered.
+    """
+    from safetensors.numpy import load_file
+
+    manifest.verify(directory)
+    tree: dict[str, Any] = {}
+    for path, leaf in load_file(pathlib.Path(directory) / PARAMS).items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def _read(directory: pathlib.Path) -> Callable[[Any], jax.Array]:
     from jax.export import deserialize
     from safetensors.numpy import load_file

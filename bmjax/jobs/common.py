@@ -1,23 +1,25 @@
-"""What every job needs: a bench to run on, stages that are done once, and the shipped file."""
+"""What every job needs: a bench to run on, trained networks, their scores and the shipped file."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from bmjax import config as configs
-from bmjax import data, deploy, measure, parallel
+from bmjax import data, deploy, measure, parallel, trees
 from bmjax.config import at_least, field
+from bmjax.train import run as runs
 from bmjax.train.log import Log
-from bmjax.train.run import Bench
-from bmjax.types import Params
+from bmjax.train.run import Bench, Run
+from bmjax.train.step import Problem
+from bmjax.types import Batch, LossTerm, Params
 
 
 @dataclasses.dataclass
@@ -28,6 +30,28 @@ class Machine:
     mesh: str = field("data=-1", "sizes of data, fsdp and tensor, as in data=2,fsdp=4; -1 takes what is left")
     tensorboard: bool = field(True, "write TensorBoard events beside metrics.jsonl")
     wandb: str = field("", "project name at Weights & Biases; empty sends nothing")
+
+
+class Net(NamedTuple):
+    """A model with its trained parameters, and what they cost.
+
+    Attributes:
+        model: the `Model`.
+        params, model_state: of the model, on the mesh or on the host.
+        steps: updates that made it.
+        flops: FLOPs that those updates took, the teacher's forward passes included.
+    """
+
+    model: Any
+    params: Params
+    model_state: Params
+    steps: int = 0
+    flops: int = 0
+
+    @property
+    def frozen(self) -> dict[str, Params]:
+        """As the step takes a teacher."""
+        return {"params": self.params, "model_state": self.model_state}
 
 
 @contextlib.contextmanager
@@ -47,29 +71,80 @@ def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
         yield Bench(mesh, dataset, config.data, workdir, log, config.seed)
 
 
-def once(path: pathlib.Path, make: Callable[[], Any]) -> Any:
-    """What `make` returns, written to a JSON file; read from there where it exists, so that a resumed job goes on behind it."""
-    if path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(make(), indent=1), encoding="utf-8")
-    os.replace(draft, path)
-    return json.loads(path.read_text(encoding="utf-8"))
+def train(
+    bench: Bench,
+    name: str,
+    model: Any,
+    terms: dict[str, tuple[float, LossTerm]],
+    run: Run,
+    *,
+    start: Net | None = None,
+    teacher: Net | None = None,
+    spent: int = 0,
+) -> Net:
+    """Trains, or goes on training, one network.
+
+    Args:
+        bench, name, run: as for `train.run.fit`.
+        model: what is trained.
+        terms: {name: (weight, loss term)}.
+        start: parameters to start from; its steps are counted to the result's.
+        teacher: the frozen partner.
+        spent: FLOPs that `start` took already.
+    """
+    problem = Problem(
+        model,
+        terms,
+        run.optimizer.build(run.steps),
+        teacher=teacher and teacher.model,
+        loss_tx=run.optimizer.build_for_terms(run.steps),
+        accumulate=run.accumulate,
+    )
+    state = runs.fit(bench, name, problem, run, params=start and start.params, frozen=teacher and teacher.frozen)
+    net = Net(model, state.params["model"], state.model_state, run.steps + (start.steps if start else 0))
+    step = runs.step_flops(flops(bench, net), flops(bench, teacher) if teacher else 0, bench.data.batch)
+    return net._replace(flops=spent + run.steps * step)
 
 
-def ship(bench: Bench, model: Any, params: Params, model_state: Params, directory: pathlib.Path, about: dict[str, Any]) -> None:
-    """Exports a model that takes raw inputs: the data's normalisation is part of the program."""
+def flops(bench: Bench, net: Net) -> int:
+    """FLOPs of one example's forward pass."""
+    return runs.forward_flops(net.model, trees.abstract(net.params), net.model_state, bench.dataset.shape)
+
+
+def evaluate(bench: Bench, net: Net, split: data.Split, teacher: Net | None = None) -> measure.Evaluation:
+    """All metrics of a network on a split, with its agreement with a teacher."""
+
+    def logits(net: Net) -> Callable[[Batch], jax.Array]:
+        return lambda batch: runs.predictor(net.model)(net.params, net.model_state, batch)
+
+    return runs.evaluate(bench, logits(net), split, logits(teacher) if teacher else None)
+
+
+def load(bench: Bench, model: Any, directory: str) -> Net:
+    """A network whose parameters were exported, partitioned over the mesh.
+
+    Raises:
+        ValueError: the export is altered, or does not fit the model (the first parameter that differs is named).
+    """
+    params = deploy.load_params(directory)
+    expected, state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
+    if misfit := trees.first_difference(expected, params):
+        raise ValueError(f"{directory} does not fit the model: {misfit}")
+    return Net(model, jax.device_put(params, parallel.partition(params, model.rules, bench.mesh)), state)
+
+
+def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any]) -> pathlib.Path:
+    """Exports a network that takes raw inputs: the data's normalisation is part of the program."""
     dataset = bench.dataset
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
 
-    def forward(params: Params, raw: Any) -> Any:
-        return model.apply(params, model_state, {"inputs": (raw - offset) / scale})[0].logits
+    def forward(params: Params, raw: jax.Array) -> jax.Array:
+        return net.model.apply(params, net.model_state, {"inputs": (raw - offset) / scale})[0].logits
 
     metadata = {"class_names": list(dataset.class_names), "data": dataset.name, "data_fingerprint": dataset.fingerprint, **about}
-    deploy.export(
+    return deploy.export(
         forward,
-        params,
+        net.params,
         directory,
         input_shape=dataset.shape,
         input_dtype="float32",
@@ -82,3 +157,9 @@ def scores(found: measure.Evaluation) -> dict[str, Any]:
     """An evaluation for the report: its metrics, and the accuracy's 95% interval."""
     right = int(found.correct.sum())
     return {"metrics": found.summary, "accuracy_interval": list(measure.accuracy_interval(right, len(found.correct)))}
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, for the record."""
+    devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"python": sys.version.split()[0], "jax": jax.__version__, "devices": devices}

@@ -32,9 +32,7 @@ def parameters(model: Any, sizes: Mapping[str, int], shape: tuple[int, ...]) -> 
     return trees.size(params)
 
 
-def propose(
-    model: Any, whole: Mapping[str, int], ratios: Sequence[float], shape: tuple[int, ...]
-) -> list[Proposal]:
+def propose(model: Any, whole: Mapping[str, int], ratios: Sequence[float], shape: tuple[int, ...]) -> list[Proposal]:
     """For each ratio the most balanced sizes that have at most 1 / ratio of the parameters.
 
     For every depth the largest fraction of the other sizes that fits is found by bisection; of these pairs the one is
@@ -58,9 +56,7 @@ def propose(
     return found
 
 
-def _balanced(
-    model: Any, whole: Mapping[str, int], limit: float, shape: tuple[int, ...]
-) -> tuple[dict[str, int], int] | None:
+def _balanced(model: Any, whole: Mapping[str, int], limit: float, shape: tuple[int, ...]) -> tuple[dict[str, int], int] | None:
     inner = {name: size for name, size in whole.items() if name != "layers"}
     depths = range(1, whole["layers"] + 1) if "layers" in whole else (0,)
     options = []

@@ -64,7 +64,8 @@ class Log:
         finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         self._lines.write(json.dumps({"step": step, "prefix": prefix, **finite}) + "\n")
         self._lines.flush()
-        tags = {f"{prefix}/{name}" if prefix else name: value for name, value in plain.items()}
+        run = prefix.replace(" ", "_")  # TensorBoard takes no spaces
+        tags = {f"{run}/{name}" if run else name: value for name, value in plain.items()}
         if self._events is not None:
             for tag, value in tags.items():
                 self._events.add_scalar(tag, value, step)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from bmjax.train.checkpoint import Checkpoints
 from bmjax.train.log import Log
 from bmjax.train.optimizer import Optimizer
 from bmjax.train.step import Frozen, Problem, abstract_state, init_state, make_step
-from bmjax.types import Batch, Params, TrainState
+from bmjax.types import Batch, Model, Params, TrainState
 
 
 @dataclasses.dataclass
@@ -55,6 +55,10 @@ class Bench:
     def example(self) -> Batch:
         """A batch on the host, for shapes."""
         return data.train_batches(self.dataset.train, self.data.batch, self.seed)[0]
+
+    def shapes(self, model: Model) -> tuple[Params, Params]:
+        """Abstract (params, model_state) of a model on this data."""
+        return jax.eval_shape(model.init, jax.random.key(self.seed), self.example())
 
 
 def fit(
@@ -105,29 +109,26 @@ def fit(
 
 def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, float]:
     """What is logged of the validation split."""
-    found = evaluate(bench, predictor(problem.model), state.params["model"], state.model_state, bench.dataset.valid).summary
+    logits = functools.partial(predictor(problem.model), state.params["model"], state.model_state)
+    found = evaluate(bench, logits, bench.dataset.valid).summary
     return {"accuracy": found["accuracy"], "nll": found["nll"]}
 
 
 @functools.lru_cache(maxsize=16)
-def predictor(model: Any) -> Callable[[Params, Params, Batch], jax.Array]:
+def predictor(model: Hashable) -> Callable[[Params, Params, Batch], jax.Array]:
     """The jitted forward pass (params, model_state, batch) -> logits, compiled once for a model."""
     return jax.jit(lambda params, model_state, batch: model.apply(params, model_state, batch)[0].logits)
 
 
 def evaluate(
     bench: Bench,
-    logits: Callable[[Params, Params, Batch], jax.Array],
-    params: Params,
-    model_state: Params,
+    logits: Callable[[Batch], jax.Array],
     split: data.Split,
     teacher: Callable[[Batch], jax.Array] | None = None,
 ) -> measure.Evaluation:
-    """All metrics of a model on a split, over the whole mesh."""
+    """All metrics on a split, over the whole mesh. `logits` and `teacher` are jitted functions of a batch."""
     batches = (parallel.put_batch(batch, bench.mesh) for batch in data.eval_batches(split, bench.data.batch))
-    return measure.evaluate(
-        functools.partial(logits, params, model_state), batches, classes=bench.dataset.classes, teacher_logits_fn=teacher
-    )
+    return measure.evaluate(logits, batches, classes=bench.dataset.classes, teacher_logits_fn=teacher)
 
 
 def forward_flops(model: Any, params: Params, model_state: Params, shape: tuple[int, ...]) -> int:

@@ -300,14 +300,12 @@ def _initialiser(problem: Problem, batch: Batch, frozen: Frozen) -> Callable[[ja
         fresh, model_state = problem.model.init(model_key, blank)
         model_params = fresh if params is None else jax.tree.map(jnp.asarray, params)
         student = jax.eval_shape(lambda p: problem.model.apply(p, model_state, blank, capture=student_capture)[0], model_params)
-        teacher = None
-        if problem.teacher is not None:
+        teacher, partner = None, problem.teacher
+        if partner is not None:
             if frozen is None:
                 raise ValueError("a problem with a teacher needs the teacher's parameters as `frozen`")
-            teacher = jax.eval_shape(
-                lambda f: problem.teacher.apply(f["params"], f["model_state"], blank, capture=teacher_capture)[0],
-                frozen,  # type: ignore[union-attr]
-            )
+            forward = lambda f: partner.apply(f["params"], f["model_state"], blank, capture=teacher_capture)[0]
+            teacher = jax.eval_shape(forward, frozen)
         loss_params, extra = {}, {}
         for index, (name, term) in enumerate(problem.full_terms.items()):
             own, state = term.init(jax.random.fold_in(loss_key, index), student, teacher)

@@ -1,0 +1,184 @@
+"""The search for the smallest network that holds: analyse, prune with distillation, choose on validation, compact."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from bmjax import data, prune, shrink, trace
+from bmjax.config import above, at_least, field, within
+from bmjax.jobs import common
+from bmjax.jobs.common import Net
+from bmjax.jobs.proposals import Proposal, propose
+from bmjax.train import run as runs
+from bmjax.train.run import Bench, Run
+from bmjax.train.step import Problem
+from bmjax.types import Group, LossTerm, Params
+
+
+@dataclasses.dataclass
+class Pruning:
+    """Structured pruning at fixed shapes."""
+
+    ratios: tuple[float, ...] = field(
+        (10.0, 20.0, 40.0), "times fewer parameters to try, mildest first", check=(lambda v: v and min(v) > 1, "above 1")
+    )
+    run: Run = field(Run(), "the pruning run")
+    begin: float = field(0.0, "fraction of the steps after which pruning begins", check=within(0, 1))
+    end: float = field(0.6, "fraction of the steps after which the target is reached", check=above(0))
+    interval: int = field(10, "steps between new masks", check=at_least(1))
+
+    def validate(self) -> None:
+        """Raises ValueError if pruning does not end after it begins and before the run does."""
+        if not self.begin < self.end <= 1:
+            raise ValueError(f"pruning begins at {self.begin} and ends at {self.end}; expected begin < end <= 1")
+        if list(self.ratios) != sorted(set(self.ratios)):
+            raise ValueError(f"ratios are {self.ratios}; expected rising numbers")
+
+
+class Analysis(NamedTuple):
+    """What can be removed from the big model.
+
+    Attributes:
+        groups: exact groups of axes that the model can be resized along.
+        importance: [layers] 1 - cosine of what each layer changes; empty without a stack of layers.
+        left_out: {group name: why it is not pruned}.
+    """
+
+    groups: tuple[Group, ...]
+    importance: np.ndarray
+    left_out: dict[str, str]
+
+
+class Candidate(NamedTuple):
+    """A pruned network at the big one's shapes.
+
+    Attributes:
+        proposal: the sizes it was pruned to.
+        net: zero where elements were dropped.
+        keeps: {group name: bool [size] or [stack, size]}.
+        accuracy: on the validation split.
+        holds: it lost at most the allowed drop there.
+    """
+
+    proposal: Proposal
+    net: Net
+    keeps: dict[str, np.ndarray]
+    accuracy: float
+    holds: bool
+
+
+def analyse(bench: Bench, big: Net) -> Analysis:
+    """Finds the groups that can be removed exactly, by replaying the jaxpr, and how much each layer changes.
+
+    Raises:
+        ValueError: nothing can be removed exactly.
+    """
+    host = jax.device_get(big.params)
+    inputs = np.zeros((3, *bench.dataset.shape), np.float32)
+    found = [group for group in trace.groups(_logits(big), host, inputs, names=big.model.axes) if group.name in big.model.axes]
+    exact = tuple(group for group in found if not group.note)
+    if not exact:
+        raise ValueError("nothing of this model can be removed exactly: " + "; ".join(f"{g.name}: {g.note}" for g in found))
+    for group in exact:
+        logging.info("can shrink: %s, %d elements%s", group.name, group.size, " in each layer" if group.stack else "")
+    stacked = any(group.name == "layers" for group in exact)
+    importance = _importance(big, host, bench.dataset.train) if stacked else np.zeros(0)
+    return Analysis(exact, importance, {group.name: group.note for group in found if group.note})
+
+
+def _logits(net: Net) -> Callable[[Params, Any], jax.Array]:
+    return lambda params, inputs: net.model.apply(params, net.model_state, {"inputs": inputs})[0].logits
+
+
+def _importance(big: Net, params: Params, split: data.Split) -> np.ndarray:
+    """[layers] how much each layer changes the residual stream on up to 1024 training examples."""
+    layers = sum(name.startswith("layers/") and name.count("/") == 1 for name in big.model.features)
+    names = ("embed", *(f"layers/{i}" for i in range(layers)))
+    inputs = split.inputs[:1024]
+
+    @jax.jit
+    def importance(params: Params, inputs: jax.Array) -> jax.Array:
+        outputs, _ = big.model.apply(params, big.model_state, {"inputs": inputs}, capture=names)
+        return shrink.depth.importance([outputs.features[name] for name in names], jnp.ones(len(inputs)))
+
+    return np.asarray(importance(params, inputs))
+
+
+def search(
+    bench: Bench,
+    big: Net,
+    analysis: Analysis,
+    config: Pruning,
+    terms: Mapping[str, tuple[float, LossTerm]],
+    max_drop: float,
+) -> list[Candidate]:
+    """Prunes to each proposal in turn, mildest first, until one loses more than `max_drop` on the validation split.
+
+    That is a screen before the retraining, not a proof: the verdict is the test split's.
+    """
+    whole = {group.name: group.size for group in analysis.groups}
+    reference = common.evaluate(bench, big, bench.dataset.valid).summary["accuracy"]
+    tried: list[Candidate] = []
+    for proposal in propose(big.model, whole, config.ratios, bench.dataset.shape):
+        net, keeps = _prune(bench, big, analysis, proposal, config, terms)
+        accuracy = common.evaluate(bench, net, bench.dataset.valid).summary["accuracy"]
+        holds = reference - accuracy <= max_drop
+        tried.append(Candidate(proposal, net, keeps, accuracy, holds))
+        logging.info("%s: validation accuracy %.4f, big %.4f", proposal.sizes, accuracy, reference)
+        if not holds:
+            break
+    return tried
+
+
+def _prune(
+    bench: Bench,
+    big: Net,
+    analysis: Analysis,
+    proposal: Proposal,
+    config: Pruning,
+    terms: Mapping[str, tuple[float, LossTerm]],
+) -> tuple[Net, dict[str, np.ndarray]]:
+    """One pruning run, from the big model and with it as teacher."""
+    run = config.run
+    criterion = prune.magnitude()
+    if len(analysis.importance):
+        criterion = prune.given({"layers": jnp.asarray(analysis.importance)}, otherwise=criterion)
+    tx = prune.around(
+        run.optimizer.build(run.steps),
+        criterion,
+        sparsity={group.name: 1 - proposal.sizes[group.name] / group.size for group in analysis.groups},
+        pattern=prune.groups(analysis.groups),
+        schedule=prune.cubic(int(config.begin * run.steps), max(int(config.end * run.steps), 1)),
+        every=config.interval,
+    )
+    loss_tx = run.optimizer.build_for_terms(run.steps)
+    problem = Problem(big.model, terms, tx, teacher=big.model, loss_tx=loss_tx, accumulate=run.accumulate)
+    state = runs.fit(bench, f"prune {proposal.ratio:g}x", problem, run, params=big.params, frozen=big.frozen)
+    keeps = {name: np.asarray(keep) for name, keep in jax.device_get(prune.keeps(state.opt_state["model"])).items()}
+    forward = common.flops(bench, big)
+    cost = run.steps * runs.step_flops(forward, forward, bench.data.batch)
+    return Net(big.model, state.params["model"], state.model_state, run.steps, cost), keeps
+
+
+def compact(bench: Bench, candidate: Candidate, analysis: Analysis) -> Net:
+    """Cuts the dropped parts away and checks that the outputs stay the masked model's.
+
+    Raises:
+        ValueError: the outputs differ by more than 1e-5 of their scale.
+    """
+    masked = candidate.net._replace(params=jax.device_get(candidate.net.params))
+    sizes = shrink.sizes(analysis.groups, candidate.keeps)
+    small = masked._replace(
+        model=masked.model.resize(sizes), params=shrink.compact(masked.params, analysis.groups, candidate.keeps)
+    )
+    inputs = bench.dataset.valid.inputs
+    gap = shrink.verify(jax.jit(_logits(masked)), masked.params, jax.jit(_logits(small)), small.params, inputs)
+    logging.info("compact: %s; outputs differ from the masked model's by %.1e", sizes, gap)
+    return small
