@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
     """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
     hit = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+    if label_smoothing == 0:  # 0 times a class that is masked with -inf would be NaN
+        return -hit
     return -(1 - label_smoothing) * hit - label_smoothing * log_p.mean(-1)
 
 
@@ -34,15 +37,18 @@ def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[flo
 
     Args:
         label_smoothing: as in `cross_entropy`.
-        class_weights: one per class; the mean is then over weight * class weight, as in scikit-learn and torch.
+        class_weights: one per class; the mean is then over weight * class weight of the target, as in scikit-learn.
 
     Raises:
-        ValueError: label_smoothing outside [0, 1), or a class weight that is negative.
+        ValueError: label_smoothing outside [0, 1), a class weight that is negative or not finite, or none above 0.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
-    if class_weights is not None and min(class_weights) < 0:
-        raise ValueError(f"class_weights holds {min(class_weights)}; expected numbers of 0 or more")
+    for weight in class_weights or ():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"class_weights holds {weight}; expected finite numbers of 0 or more")
+    if class_weights is not None and not any(class_weights):
+        raise ValueError("class_weights are all 0, so nothing would be trained; give some class a weight above 0")
 
     def term(student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
         targets, weights = batch["targets"], batch["weights"]

@@ -194,15 +194,6 @@ def test_plain_tree_without_names_prunes_all_with_two_axes():
     np.testing.assert_array_equal(after[1], np.ones(4))
 
 
-def test_terms_parameters_of_a_train_state_are_left_alone():
-    params = {"model": small_params(), "loss": {"hint": {"kernel": jnp.ones((3, 3))}}}
-    tx = prune.around(optax.adam(0.01), sparsity={"^layers/up": 0.5})
-    after, state, _ = run(tx, params, 2)
-    assert zeros(after["model"]["layers"]["up"]["kernel"]) == 48
-    assert zeros(after["loss"]["hint"]["kernel"]) == 0
-    assert jax.tree.structure(prune.masks(state)) == jax.tree.structure(params)
-
-
 def test_given_scores_decide():
     params = small_params()
     scores = gradients(params, 9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -33,17 +35,19 @@ def kd(temperature: float = 4.0, t_squared: bool = True) -> LossTerm:
     With T^2 the gradient's size stays about the same when the temperature changes (section 2 of the paper).
 
     Raises:
-        ValueError: temperature not above 0.
+        ValueError: temperature not above 0 or not finite; at the first use: no teacher, or logits of another shape.
     """
-    if not temperature > 0:
+    if not 0 < temperature < math.inf:
         raise ValueError(f"the distillation temperature is {temperature}; expected a number above 0")
 
     def term(student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
         if teacher is None:
             raise ValueError("the term kd needs a teacher; give the step one, or leave kd out")
-        mine, theirs = student.logits.shape[-1], teacher.logits.shape[-1]
-        if mine != theirs:
-            raise ValueError(f"the student has {mine} classes and the teacher {theirs}; kd needs the same classes")
+        mine, theirs = student.logits.shape, teacher.logits.shape
+        if mine[-1] != theirs[-1]:
+            raise ValueError(f"the student has {mine[-1]} classes and the teacher {theirs[-1]}; kd needs the same classes")
+        if mine != theirs:  # a batch of 1 would broadcast in silence
+            raise ValueError(f"the student's logits are {list(mine)} and the teacher's {list(theirs)}; kd needs the same shape")
         values = kl_divergence(student.logits, teacher.logits, temperature)
         return Mean.of(values * temperature**2 if t_squared else values, batch["weights"])
 

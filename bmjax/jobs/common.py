@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from bmjax import config as configs
 from bmjax import data, deploy, measure, parallel, trees
@@ -81,6 +82,7 @@ def train(
     start: Net | None = None,
     teacher: Net | None = None,
     spent: int = 0,
+    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
 ) -> Net:
     """Trains, or goes on training, one network.
 
@@ -91,11 +93,12 @@ def train(
         start: parameters to start from; its steps are counted to the result's.
         teacher: the frozen partner.
         spent: FLOPs that `start` took already.
+        wrap: (optimiser, steps) -> optimiser, for pruning.
     """
     problem = Problem(
         model,
         terms,
-        run.optimizer.build(run.steps),
+        wrap(run.optimizer.build(run.steps), run.steps),
         teacher=teacher and teacher.model,
         loss_tx=run.optimizer.build_for_terms(run.steps),
         accumulate=run.accumulate,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -26,6 +27,7 @@ def simulate(devices: int) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", wanted)
+    with contextlib.suppress(RuntimeError):  # JAX has started: the count tells whether that matters
+        jax.config.update("jax_num_cpu_devices", wanted)
     if jax.device_count() != wanted:
         raise ValueError(f"JAX has already started with {jax.device_count()} devices, so {wanted} cannot be simulated")

@@ -9,6 +9,7 @@ from bmjax.prune.allocation import Allocation, global_threshold, uniform
 from bmjax.prune.criteria import Criterion, Seen, given, magnitude, per_weight
 from bmjax.prune.patterns import Pattern, groups, left_out, unstructured
 from bmjax.prune.schedules import Schedule, constant, cubic, one_shot
+from bmjax.prune.settings import Sparsity
 from bmjax.prune.threshold import kth_largest, topk_mask
 from bmjax.prune.transform import AroundState, Report, Row, SparsifyState, around, keeps, masks, sparsify, sparsity_report
 
@@ -22,6 +23,7 @@ __all__ = [
     "Schedule",
     "Seen",
     "SparsifyState",
+    "Sparsity",
     "around",
     "constant",
     "cubic",

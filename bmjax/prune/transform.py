@@ -99,32 +99,19 @@ def _plan(
     return plan
 
 
-def _model_part(params: Params) -> Params:
-    """The part that pruning sees: a train state's {"model", "loss"} holds terms' own parameters that are never pruned."""
-    return params["model"] if isinstance(params, Mapping) and set(params) == {"model", "loss"} else params
-
-
-def _with_model_part(params: Params, model: Params, rest: Any) -> Params:
-    """A tree like `params`: `model` in the part that pruning sees, `rest` everywhere else."""
-    if _model_part(params) is params:
-        return model
-    return {"model": model, "loss": jax.tree.map(lambda _: rest, params["loss"])}
-
-
 def _init(plan: _Plan, params: Params) -> SparsifyState:
-    model = _model_part(params)
-    targets = plan.pattern.targets(model, plan.sparsity, plan.where)
+    targets = plan.pattern.targets(params, plan.sparsity, plan.where)
     # Not for its result: it raises now what would otherwise be raised when the first step is traced.
-    jax.eval_shape(lambda p: plan.pattern.scores(plan.criterion, Seen(p, p), list(targets)), model)
-    choice = plan.pattern.whole(model, list(targets))
-    masks = _with_model_part(params, plan.pattern.masks(choice, model), jnp.ones((), bool))
+    jax.eval_shape(lambda p: plan.pattern.scores(plan.criterion, Seen(p, p), list(targets)), params)
+    choice = plan.pattern.whole(params, list(targets))
+    masks = plan.pattern.masks(choice, params)
     keeps = choice if plan.pattern.groups else {}
     return SparsifyState(jnp.zeros((), jnp.int32), masks, keeps, jnp.zeros((), jnp.int32))
 
 
 def _choice(plan: _Plan, state: SparsifyState, seen: Seen, targets: dict[str, float]) -> tuple[dict[str, jax.Array], jax.Array]:
     """What stays from this step on, and how many scores were NaN."""
-    old = state.keeps or {name: trees.paths(_model_part(state.masks))[name] for name in targets}
+    old = state.keeps or {name: trees.paths(state.masks)[name] for name in targets}
     scores = plan.pattern.scores(plan.criterion, seen, list(targets))
     nans = sum(jnp.sum(jnp.isnan(score), dtype=jnp.int32) for score in scores.values())
     # What was dropped ranks below all that was not, so it stays dropped, and a kept zero is not mistaken for it.
@@ -138,14 +125,12 @@ def _advance(plan: _Plan, incoming: Params, updates: Params, state: SparsifyStat
     begin, end = plan.schedule.begin, plan.schedule.end
     step = state.count
     due = (step >= begin) & (step <= end) & (((step - begin) % plan.every == 0) | (step == end))
-    model = _model_part(params)
-    targets = plan.pattern.targets(model, plan.sparsity, plan.where)
+    targets = plan.pattern.targets(params, plan.sparsity, plan.where)
 
     def renew() -> tuple[Params, dict[str, jax.Array], jax.Array]:
-        after = masked(optax.apply_updates(model, _model_part(updates)), _model_part(state.masks))
-        choice, nans = _choice(plan, state, Seen(after, _model_part(incoming)), targets)
-        masks = _with_model_part(params, plan.pattern.masks(choice, model), jnp.ones((), bool))
-        return masks, choice if plan.pattern.groups else {}, nans
+        after = masked(optax.apply_updates(params, updates), state.masks)
+        choice, nans = _choice(plan, state, Seen(after, incoming), targets)
+        return plan.pattern.masks(choice, params), choice if plan.pattern.groups else {}, nans
 
     masks, keeps, nans = jax.lax.cond(due, renew, lambda: (state.masks, state.keeps, state.nans))
     return SparsifyState(optax.safe_increment(step), masks, keeps, nans)

@@ -1,0 +1,52 @@
+"""Trains one model, dense or pruned, alone or with a teacher, over many devices, and exports it."""
+
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import rich.console
+import rich.table
+
+from bmjax import config
+from bmjax.jobs.train import EXPORT, TEST, Config, train
+
+PRESETS = pathlib.Path(__file__).parent / "configs" / "train"
+
+
+def main(settings: Config, workdir: pathlib.Path, command: str) -> None:
+    """Runs the job and ends with a table and the export's path."""
+    results = train(settings, workdir, command)
+    console = rich.console.Console()
+    console.print(table(results))
+    console.print(f"export: {(workdir / EXPORT).absolute()}", soft_wrap=True)
+    if settings.predict:
+        predict(workdir)
+
+
+def table(results: dict[str, Any]) -> rich.table.Table:
+    """The test metrics of each model."""
+    shown = rich.table.Table("test split", *(model["name"] for model in results["models"]))
+    figures = {
+        "accuracy": lambda model: f"{model['metrics']['accuracy']:.2%}",
+        "recall (macro)": lambda model: f"{model['metrics']['recall']['macro']:.2%}",
+        "F1 (macro)": lambda model: f"{model['metrics']['f1']['macro']:.2%}",
+        "NLL, nats": lambda model: f"{model['metrics']['nll']:.4f}",
+        "parameters": lambda model: f"{model['parameters']:,}",
+        "zero kernel weights": lambda model: f"{model['sparsity']:.1%}",
+        "training steps": lambda model: f"{model['train_steps']:,}",
+    }
+    for name, write in figures.items():
+        shown.add_row(name, *map(write, results["models"]))
+    return shown
+
+
+def predict(workdir: pathlib.Path) -> None:
+    """Predicts the test split from the exported file, in a process that does not know bmjax."""
+    flags = {"model": workdir / EXPORT, "input": workdir / TEST, "output": workdir / "predictions.csv"}
+    arguments = [f"--{name}={path}" for name, path in flags.items()]
+    subprocess.run([sys.executable, "-m", "experiments.predict", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    config.launch(main, presets=PRESETS, default="article", about=__doc__)
