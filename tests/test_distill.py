@@ -94,7 +94,9 @@ def test_the_hint_projects_each_token_by_itself(shape):
     mean = term.apply(context(params), outputs(s=student), outputs(t=teacher), BATCH)
     rows = []
     for s, t in zip(student.reshape(B, -1, 3), teacher.reshape(B, -1, 7)):
-        rows.append(np.mean([(a.astype(np.float64) @ np.asarray(params["kernel"]) + np.arange(7) - b) ** 2 for a, b in zip(s, t)]))
+        rows.append(
+            np.mean([(a.astype(np.float64) @ np.asarray(params["kernel"]) + np.arange(7) - b) ** 2 for a, b in zip(s, t)])
+        )
     np.testing.assert_allclose(mean.value(), np.average(rows, weights=WEIGHTS), rtol=1e-5)
     np.testing.assert_allclose(mean.count, WEIGHTS.sum() * np.prod(shape[1:-1]))
     assert (term.student_features, term.teacher_features) == (("s",), ("t",))

@@ -88,7 +88,10 @@ def test_a_class_that_is_masked_with_minus_infinity_costs_nothing():
     [
         (lambda: losses.cross_entropy_term(1.0), r"label_smoothing is 1.0; expected a number in \[0, 1\)"),
         (lambda: losses.cross_entropy_term(float("nan")), "label_smoothing is nan"),
-        (lambda: losses.cross_entropy_term(class_weights=(1, -1)), "class_weights holds -1; expected finite numbers of 0 or more"),
+        (
+            lambda: losses.cross_entropy_term(class_weights=(1, -1)),
+            "class_weights holds -1; expected finite numbers of 0 or more",
+        ),
         (lambda: losses.cross_entropy_term(class_weights=(1, float("nan"))), "class_weights holds nan"),
         (lambda: losses.cross_entropy_term(class_weights=(1, float("inf"))), "class_weights holds inf"),
         (lambda: losses.cross_entropy_term(class_weights=(0, 0)), "class_weights are all 0"),
@@ -137,7 +140,9 @@ def test_a_weight_for_each_example_holds_for_all_its_positions():
     weights = np.array([0, 1, 2, 0.5], np.float32)
     mean = Mean.of(values, weights)
     np.testing.assert_allclose(mean.count, 3.5 * 6, rtol=1e-6)
-    np.testing.assert_allclose(mean.value(), np.average(values.reshape(4, 6).astype(np.float64).mean(1), weights=weights), rtol=1e-5)
+    np.testing.assert_allclose(
+        mean.value(), np.average(values.reshape(4, 6).astype(np.float64).mean(1), weights=weights), rtol=1e-5
+    )
 
 
 def test_a_count_has_no_gradient():

@@ -28,8 +28,8 @@ def test_schedules_rise_to_the_peak_and_land(steps, warmup, decay):
     fall = {"cosine": (1 + np.cos(np.pi * t)) / 2, "linear": 1 - t, "constant": np.ones_like(t)}[decay]
     np.testing.assert_allclose(rate[warm:], RATE * fall, rtol=1e-5, atol=1e-7)
     assert (rate[:-1] > 0).all()  # no update is thrown away
-    assert rate[warm] == np.float32(RATE)
-    assert rate[-1] == (np.float32(RATE) if decay == "constant" else 0)
+    assert rate[warm] == pytest.approx(RATE, rel=1e-6)
+    assert rate[-1] == pytest.approx(RATE if decay == "constant" else 0, rel=1e-6, abs=0)
 
 
 def update(optimizer, params, grads, steps=10):

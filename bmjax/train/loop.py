@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
+from bmjax import trees
 from bmjax.config import at_least, field
 from bmjax.types import TrainState
 
@@ -53,15 +55,36 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 def _loss(step: int, metrics: Mapping[str, jax.Array], checkpoints: Any) -> float:
     """The loss of a step, waiting for it. Raises ValueError if it is not a finite number."""
     loss = float(jax.device_get(metrics["loss"]))
-    if math.isfinite(loss):
-        return loss
+    if not math.isfinite(loss):
+        raise _diverged(f"the loss is {loss:g} at step {step}", metrics, checkpoints)
+    return loss
+
+
+def _check_parameters(step: int, state: TrainState, metrics: Mapping[str, jax.Array], checkpoints: Any) -> None:
+    """Raises ValueError if an update left NaN or infinity in the parameters: a finite loss can have a gradient that is not."""
+    seen = {**state.params, "model_state": state.model_state}
+    if not jax.device_get(_all_finite(seen)):
+        bad = next(path for path, leaf in trees.paths(seen).items() if not jax.device_get(_all_finite(leaf)))
+        raise _diverged(f"{bad} is not finite after step {step}", metrics, checkpoints)
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.isfinite(leaf).all() for leaf in floats]))
+
+
+def _diverged(what: str, metrics: Mapping[str, jax.Array], checkpoints: Any) -> ValueError:
     terms = ", ".join(f"{name} {float(jax.device_get(value)):g}" for name, value in metrics.items() if name != "loss")
+    if checkpoints is not None:
+        checkpoints.wait()  # the newest may still be on its way to the disk
     saved = checkpoints.steps() if checkpoints is not None else []
     kept = f"the last good checkpoint is step {saved[-1]}" if saved else "nothing was saved"
-    raise ValueError(
-        f"the loss is {loss:g} at step {step} ({terms}); {kept}; "
-        "look at that batch, or lower the learning rate or clip the gradient"
-    )
+    return ValueError(f"{what} ({terms}); {kept}; look at that batch, or lower the learning rate or clip the gradient")
+
+
+def _due(every: int, done: int) -> bool:
+    return every > 0 and done % every == 0
 
 
 def fit(
@@ -100,7 +123,7 @@ def fit(
         The state after `steps` updates.
 
     Raises:
-        ValueError: the loss became NaN or infinite.
+        ValueError: the loss or, where a state is saved, a parameter became NaN or infinite; that state is not saved.
         Stop: Ctrl-C; the state was saved.
     """
     done = int(state.step)
@@ -108,7 +131,8 @@ def fit(
         return state
     held: Mapping[str, jax.Array] | None = None
     with _interrupts() as interrupted, log.progress(steps, done, name) as progress:
-        while done < steps:
+        last = False
+        while not last:
             previous = held
             batch = next(batches)
             # Every transfer here is meant: batches were put by the iterator, metrics are fetched by name.
@@ -118,24 +142,22 @@ def fit(
                 progress(done, _loss(done, previous, checkpoints))
             done += 1
             last = done == steps or interrupted()
-            if last or (every.log and done % every.log == 0):
+            saves = last or _due(every.save, done)
+            if saves:  # only a state that is known to be good is saved
                 _loss(done, held, checkpoints)
+                _check_parameters(done, state, held, checkpoints)
+            if last or _due(every.log, done):
+                progress(done, _loss(done, held, checkpoints))
                 log.scalars(done, {key: float(value) for key, value in jax.device_get(held).items()}, name)
             scores = None
-            if evaluate is not None and (last or (every.evaluate and done % every.evaluate == 0)):
+            if evaluate is not None and (last or _due(every.evaluate, done)):
                 scores = evaluate(state)
                 log.scalars(done, {f"valid_{key}": value for key, value in scores.items()}, name)
-            if checkpoints is not None and (last or (every.save and done % every.save == 0)):
-                # A state is saved only when its own loss is known to be finite.
-                _loss(done, held, checkpoints)
+            if checkpoints is not None and saves:
                 checkpoints.save(done, state, metric=None if scores is None else scores[best])
-            if last:
-                progress(done, _loss(done, held, checkpoints))
-            if last and done < steps:
-                if checkpoints is not None:
-                    checkpoints.wait()
-                logging.warning("%s: stopped at step %d of %d; the same command goes on from here", name, done, steps)
-                raise Stop
-    if checkpoints is not None:
-        checkpoints.wait()
+        if checkpoints is not None:
+            checkpoints.wait()
+        if interrupted():  # also where it came while the last step was evaluated and saved
+            logging.warning("%s: stopped at step %d of %d; the same command goes on from here", name, done, steps)
+            raise Stop
     return state

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from bmjax import trees
 from bmjax.config import above, at_least, field
 
 
@@ -60,8 +61,6 @@ def decayed(params: Any) -> Any:
 
     Norm scales and biases under a scan have two axes as well, so kernels are told by name where there are names.
     """
-    from bmjax import trees
-
     has_kernels = any(path.rsplit("/", 1)[-1] == "kernel" for path in trees.paths(params))
     if has_kernels:
         return trees.map_with_path(lambda path, _: path.rsplit("/", 1)[-1] == "kernel", params)

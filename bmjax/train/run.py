@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import zlib
 from collections.abc import Callable
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from bmjax import data, measure, parallel, trace
@@ -78,8 +80,9 @@ def fit(
         ValueError: the batch does not divide over the mesh; as `init_state`, `Checkpoints.restore` and `loop.fit`.
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
-    batches = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, bench.data.augment)
-    rules, key, example = getattr(problem.model, "rules", ((".*", ()),)), jax.random.key(bench.seed), bench.example()
+    seed = stream(bench.seed, name)
+    batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, bench.data.augment)
+    rules, key, example = getattr(problem.model, "rules", ((".*", ()),)), jax.random.key(seed), bench.example()
     abstract = abstract_state(problem, bench.mesh, rules, key, example, frozen=frozen)
     with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
         restored = checkpoints.restore(abstract)
@@ -105,6 +108,11 @@ def fit(
                 evaluate=lambda state: _scores(bench, problem, state),
                 checkpoints=checkpoints,
             )
+
+
+def stream(seed: int, name: str) -> int:
+    """The seed of the run called `name`: a retraining does not see the batches of the run before it in the same order."""
+    return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
 def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, float]:
