@@ -120,7 +120,7 @@ def classifier(steps: int, devices: int):
     tx, batches = optax.adam(1e-3), data.train_batches(split, 256, 0)
     problem = Problem(model, {"ce": (1.0, losses.cross_entropy_term())}, tx)
     state = init_state(problem, mesh, model.rules, jax.random.key(0), batches[0])
-    step, put = make_step(problem, mesh, state), functools.partial(parallel.put_batch, mesh=mesh)
+    step = make_step(problem, mesh, state)
     params = jax.tree.map(jnp.copy, jax.device_get(state.params["model"]))
 
     def gradients(params, x, y):
@@ -161,8 +161,8 @@ def classifier(steps: int, devices: int):
 
         def ours() -> None:
             start = int(run[0].step)
-            with contextlib.closing(data.prefetch(batches, start, put)) as placed:
-                run[0] = loop.fit(step, run[0], None, placed, start + steps, log=log, name="run", every=loop.Every(log=50))
+            placed = (parallel.put_batch(batches[i], mesh) for i in range(start, start + steps))
+            run[0] = loop.fit(step, run[0], None, placed, start + steps, log=log, name="run", every=loop.Every(log=50))
 
         yield ours, by_hand, steps
 
@@ -178,8 +178,8 @@ def composed(devices: int):
     from bmjax.models import Transformer
     from bmjax.train import Problem, init_state, make_step
 
-    split, model = examples(512, (8, 8, 1)), Transformer(layers=4, width=128, heads=4, neurons=512).build((8, 8, 1), 10)
-    mesh, batches = parallel.make_mesh("data=-1"), data.train_batches(split, 64, 0)
+    split, model = examples(512, (8, 8, 1)), Transformer(layers=4, width=64, heads=4, neurons=256).build((8, 8, 1), 10)
+    mesh, batches = parallel.make_mesh("data=-1"), data.train_batches(split, 32, 0)
     adamw, steps = optax.adamw(1e-3), 10
     sparse = prune.sparsify(sparsity=0.8, schedule=prune.one_shot(0))
     terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd(2.0))}

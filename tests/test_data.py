@@ -1,6 +1,4 @@
-import contextlib
 import math
-import threading
 
 import numpy as np
 import pytest
@@ -196,38 +194,6 @@ def test_evaluation_pads_the_last_batch():
     np.testing.assert_array_equal(ids, [*split.id, -1, -1])
     np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in batches])[:7], split.inputs)
     assert len(data.eval_batches(split, 100)) == 1
-
-
-def test_prefetch_gives_items_in_order_and_ends_its_thread():
-    before = threading.active_count()
-    calls = []
-
-    def put(value):
-        calls.append(threading.current_thread().name)
-        return value * 10
-
-    with contextlib.closing(data.prefetch(range(1000), 5, put, depth=2)) as items:
-        assert [next(items) for _ in range(3)] == [50, 60, 70]
-    assert len(calls) <= 3 + 2
-    assert all(name.startswith("prefetch") for name in calls)
-    assert threading.active_count() == before
-    assert list(data.prefetch(range(4), 1, put)) == [10, 20, 30]
-    assert threading.active_count() == before
-
-
-def test_prefetch_raises_where_the_item_would_come():
-    items = data.prefetch(range(10), 0, lambda value: 1 // (value - 2), depth=3)
-    assert [next(items), next(items)] == [-1, -1]
-    with pytest.raises(ZeroDivisionError):
-        next(items)
-    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
-
-
-def test_prefetch_of_batches_starts_at_a_step():
-    batches = data.train_batches(images(10), 4, seed=0)
-    with contextlib.closing(data.prefetch(batches, 6, lambda batch: batch)) as items:
-        np.testing.assert_array_equal(next(items)["id"], batches[6]["id"])
-        np.testing.assert_array_equal(next(items)["id"], batches[7]["id"])
 
 
 def test_bad_batch_sizes_get_one_line():

@@ -43,10 +43,10 @@ def test_a_mesh_from_a_string(spec, devices, sizes):
         ("data=0", "data is 0; expected a positive number"),
         ("data=-2", "data is -2; expected a positive number"),
         ("data=-1,fsdp=-1", "only one axis can be -1"),
-        ("data=4", "needs 8 devices but takes 4"),
-        ("data=16", "needs 8 devices but takes 16"),
-        ("data=-1,fsdp=3", "needs a divisor of 8 devices but takes 3"),
-        ("", "needs 8 devices but takes 1"),
+        ("data=4", "it takes 4 devices, but there are 8"),
+        ("data=16", "it takes 16 devices, but there are 8"),
+        ("data=-1,fsdp=3", "3 does not divide the 8 devices"),
+        ("", "it takes 1 devices, but there are 8"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_one_clear_line(spec, words):

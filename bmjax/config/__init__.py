@@ -9,12 +9,13 @@ that the preset put in place define the flags: `--config.optimizer.learning_rate
 """
 
 from bmjax.config.commandline import launch
-from bmjax.config.record import describe, fingerprint, to_dict, write_resolved
+from bmjax.config.record import check_workdir, describe, fingerprint, to_dict, write_resolved
 from bmjax.config.schema import above, at_least, field, freeze, leaves, nearest, validate, within
 
 __all__ = [
     "above",
     "at_least",
+    "check_workdir",
     "describe",
     "field",
     "fingerprint",

@@ -157,13 +157,16 @@ def _presets(folder: pathlib.Path) -> dict[str, str]:
 def _help(about: str, common: flags.FlagValues, chosen: str, config: Any, presets: pathlib.Path) -> str:
     there = _presets(presets)
     width = max(map(len, there), default=0)
-    options = [f"  --{name:<8}  {common[name].help}" for name in ("config", "workdir", "debug", "help")]
+    options = [
+        f"  --{name:<8}  {common[name].flag_type():<6}  {str(common[name].default).lower():<7}  {common[name].help}"
+        for name in ("config", "workdir", "debug", "help")
+    ]
     names = [f"  {name.ljust(width)}  {line}" for name, line in there.items()]
     fields = [f"  --{line}" for line in describe(config).splitlines()]
     parts = [
         about.strip(),
         "",
-        "Flags:",
+        "Flags (type, default, what it is):",
         *options,
         "",
         "Presets:",

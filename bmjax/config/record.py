@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import pathlib
 import types
 from typing import Any
@@ -63,31 +64,38 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (int, float, str)) else str(_plain(value))
 
 
-def write_resolved(config: Any, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `workdir/config.json`, or checks that the one there is of the same config. Returns its path.
+def check_workdir(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Makes the folder where it is missing; returns the path of its config.json, which is of this config if it is there.
 
     Raises:
-        ValueError: the workdir holds a run of another config (names the first field that differs), or cannot be made.
+        ValueError: the workdir holds a run of another config (names the first field that differs), or cannot be written to.
     """
     path = workdir / "config.json"
-    if path.exists():
-        try:
-            there = json.loads(path.read_text())
-        except ValueError:
-            raise ValueError(f"{path} is not readable as JSON; choose another --workdir or delete it") from None
-        difference = _first_difference(there, to_dict(config))
-        if difference:
-            raise ValueError(
-                f"workdir {workdir} holds a run of another config ({difference}); choose another --workdir or delete it"
-            )
-        return path
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        there = json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
         raise ValueError(f"workdir {workdir} cannot be made: {error.strerror}; choose another --workdir") from None
-    draft = path.with_suffix(".tmp")
-    draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    draft.replace(path)
+    except ValueError:
+        raise ValueError(f"{path} is not readable as JSON; choose another --workdir or delete it") from None
+    if not os.access(workdir, os.W_OK):
+        raise ValueError(f"workdir {workdir} cannot be written to; choose another --workdir")
+    if there is not None and (difference := _first_difference(there, to_dict(config))):
+        raise ValueError(f"workdir {workdir} holds a run of another config ({difference}); choose another --workdir or delete it")
+    return path
+
+
+def write_resolved(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+    """Writes `workdir/config.json`, from which on the folder is this config's, unless it is there. Returns its path.
+
+    Raises:
+        ValueError: as `check_workdir`.
+    """
+    path = check_workdir(config, workdir)
+    if not path.exists():
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        draft.replace(path)
     return path
 
 

@@ -42,7 +42,7 @@ def at_least(low: float) -> Check:
 def within(low: float, high: float, *, open_high: bool = False) -> Check:
     """Check for numbers in [low, high], or in [low, high) with `open_high`."""
     bracket = ")" if open_high else "]"
-    return (lambda value: low <= value < high or (value == high and not open_high)), f"in [{low:g}, {high:g}{bracket}"
+    return (lambda value: low <= value < high or (value == high and not open_high)), f"in [{low:.10g}, {high:.10g}{bracket}"
 
 
 class Leaf(NamedTuple):

@@ -1,7 +1,7 @@
 """Data by name: `load("digits")`, and batches whose position is one integer, the step."""
 
 from bmjax.data.dataset import Dataset, Split, build, stratified
-from bmjax.data.pipeline import Augment, Data, eval_batches, prefetch, train_batches
+from bmjax.data.pipeline import Augment, Data, eval_batches, train_batches
 from bmjax.data.sources import SOURCES, load
 
 __all__ = [
@@ -13,7 +13,7 @@ __all__ = [
     "build",
     "eval_batches",
     "load",
-    "prefetch",
+   
     "stratified",
     "train_batches",
 ]

@@ -1,17 +1,14 @@
-"""Batches: for training by step number, for evaluation padded, and prepared ahead in a thread.
+"""Batches: for training by step number, for evaluation padded.
 
 Items of the Grain dataset are whole batches, gathered in one NumPy call: a Grain element an example costs 100 times more.
 """
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -145,29 +142,3 @@ def eval_batches(split: Split, batch: int) -> list[dict[str, np.ndarray]]:
             {"inputs": split.inputs[rows], "targets": split.targets[rows], "weights": real.astype(np.float32), "id": ids}
         )
     return batches
-
-
-def prefetch(dataset: Sequence[Any], start: int, put: Callable[[Any], Any], depth: int = 2) -> Generator[Any, None, None]:
-    """`put(dataset[i])` for i = start, start + 1, ...; a thread stays `depth` items ahead.
-
-    An error of the dataset or of `put` is raised where its item would have come. Close the iterator (`contextlib.closing`) to end
-    the thread.
-
-    Args:
-        dataset: items by index, as `train_batches` gives them.
-        start: the first index: the step to resume at.
-        put: from host to device.
-        depth: items prepared ahead.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        ahead: collections.deque[Future] = collections.deque()
-        try:
-            for index in range(start, len(dataset)):
-                ahead.append(thread.submit(lambda index: put(dataset[index]), index))
-                if len(ahead) > depth:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()

@@ -6,15 +6,15 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 import optax
 
 from bmjax import config as configs
-from bmjax import data, deploy, measure, parallel, trees
+from bmjax import data, deploy, manifest, measure, parallel, trees
 from bmjax.config import at_least, field
 from bmjax.train import run as runs
 from bmjax.train.log import Log
@@ -57,7 +57,10 @@ class Net(NamedTuple):
 
 @contextlib.contextmanager
 def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
-    """The bench of a job whose config has `machine`, `data` and `seed`; everything that can be checked early is.
+    """The bench of a job whose config has `machine`, `data` and `seed`.
+
+    The config is not written yet: the job does that when its checks are done, so that a mistaken command leaves a workdir
+    which the corrected one can use.
 
     Raises:
         ValueError: the devices, the mesh, the batch or the data do not fit, or the workdir holds another config's run.
@@ -67,22 +70,54 @@ def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
     mesh = parallel.make_mesh(config.machine.mesh)
     parallel.check_batch(config.data.batch, mesh)
     data.train_batches(dataset.train, config.data.batch, config.seed, config.data.augment)
-    configs.write_resolved(config, workdir)
+    configs.check_workdir(config, workdir)
     with Log(workdir, tensorboard=config.machine.tensorboard, wandb=config.machine.wandb) as log:
         yield Bench(mesh, dataset, config.data, workdir, log, config.seed)
+
+
+Terms: TypeAlias = Mapping[str, tuple[float, LossTerm]]
+Wrap: TypeAlias = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (optimiser, steps) -> optimiser
+
+
+def _unchanged(tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    return tx
+
+
+def _problem(model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap) -> Problem:
+    return Problem(
+        model,
+        terms,
+        wrap(run.optimizer.build(run.steps), run.steps),
+        teacher=teacher and teacher.model,
+        loss_tx=run.optimizer.build_for_terms(run.steps),
+        accumulate=run.accumulate,
+    )
+
+
+def check(
+    bench: Bench,
+    model: Any,
+    terms: Terms,
+    run: Run,
+    *,
+    teacher: Net | None = None,
+    wrap: Wrap = _unchanged,
+) -> None:
+    """Raises ValueError where `train` with these arguments would, before anything is compiled; a teacher may be abstract."""
+    runs.check(bench, _problem(model, terms, run, teacher, wrap), teacher and teacher.frozen)
 
 
 def train(
     bench: Bench,
     name: str,
     model: Any,
-    terms: dict[str, tuple[float, LossTerm]],
+    terms: Terms,
     run: Run,
     *,
     start: Net | None = None,
     teacher: Net | None = None,
     spent: int = 0,
-    wrap: Callable[[optax.GradientTransformation, int], optax.GradientTransformation] = lambda tx, steps: tx,
+    wrap: Wrap = _unchanged,
 ) -> Net:
     """Trains, or goes on training, one network.
 
@@ -95,14 +130,7 @@ def train(
         spent: FLOPs that `start` took already.
         wrap: (optimiser, steps) -> optimiser, for pruning.
     """
-    problem = Problem(
-        model,
-        terms,
-        wrap(run.optimizer.build(run.steps), run.steps),
-        teacher=teacher and teacher.model,
-        loss_tx=run.optimizer.build_for_terms(run.steps),
-        accumulate=run.accumulate,
-    )
+    problem = _problem(model, terms, run, teacher, wrap)
     state = runs.fit(bench, name, problem, run, params=start and start.params, frozen=teacher and teacher.frozen)
     net = Net(model, state.params["model"], state.model_state, run.steps + (start.steps if start else 0))
     step = runs.step_flops(flops(bench, net), flops(bench, teacher) if teacher else 0, bench.data.batch)
@@ -127,8 +155,16 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
     """A network whose parameters were exported, partitioned over the mesh.
 
     Raises:
-        ValueError: the export is altered, or does not fit the model (the first parameter that differs is named).
+        ValueError: the export is altered, has other classes, or does not fit the model (names the first parameter that differs).
     """
+    classes = manifest.verify(directory).get("classes")
+    if classes is None:
+        raise ValueError(f"{directory} is not an exported model; give the folder that an export wrote")
+    if classes != bench.dataset.classes:
+        raise ValueError(
+            f"{directory} has {classes} classes and {bench.dataset.name} has {bench.dataset.classes}; "
+            "teacher and student need the same classes"
+        )
     params = deploy.load_params(directory)
     expected, state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
     if misfit := trees.first_difference(expected, params):

@@ -18,7 +18,7 @@ from bmjax import data, report
 from bmjax.config import at_least, field, within
 from bmjax.distill import Distill
 from bmjax.jobs import common, results
-from bmjax.jobs.common import Net
+from bmjax.jobs.common import Net, Terms
 from bmjax.jobs.search import Pruning, analyse, compact, search
 from bmjax.losses import Task
 from bmjax.models import Residual
@@ -70,13 +70,16 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         ValueError: the config does not fit the data or the devices, the workdir holds another config's run, or training diverged.
     """
     with common.bench(config, workdir) as bench:
-        model = config.model.build(bench.dataset.shape, bench.dataset.classes)
         if (workdir / RESULTS).exists():
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
-        big = _big(config, bench, model)
+        model = config.model.build(bench.dataset.shape, bench.dataset.classes)
+        plain, distilled = {"ce": (1.0, config.task.term())}, config.distill.terms(config.task.term())
+        given = common.load(bench, model, config.pretrained) if config.pretrained else None
+        _check(config, bench, model, plain, distilled)
+        configs.write_resolved(config, workdir)
+        big = given or common.train(bench, "big", model, plain, config.big)
         analysis = analyse(bench, big)
-        distilled = config.distill.terms(config.task.term())
         tried = search(bench, big, analysis, config.prune, distilled, config.budget.max_drop)
         nets = {"big": big}
         held = [candidate for candidate in tried if candidate.holds]
@@ -100,11 +103,13 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         return _conclude(config, bench, nets, measured, command)
 
 
-def _big(config: Config, bench: Bench, model: Any) -> Net:
-    """Trains the big model, or takes it from an export."""
-    if config.pretrained:
-        return common.load(bench, model, config.pretrained)
-    return common.train(bench, "big", model, {"ce": (1.0, config.task.term())}, config.big)
+def _check(config: Config, bench: Bench, model: Any, plain: Terms, distilled: Terms) -> None:
+    """Traces every kind of run, at the big model's sizes, before the first one starts."""
+    teacher = Net(model, *bench.shapes(model))
+    if not config.pretrained:
+        common.check(bench, model, plain, config.big)
+    for run in (config.prune.run, config.retrain):
+        common.check(bench, model, distilled, run, teacher=teacher)
 
 
 def _baseline(config: Config, bench: Bench, name: str, model: Any, start: Net | None, allowance: int) -> Net:

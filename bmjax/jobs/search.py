@@ -150,12 +150,13 @@ def _prune(
     criterion = prune.magnitude()
     if len(analysis.importance):
         criterion = prune.given({"layers": jnp.asarray(analysis.importance)}, otherwise=criterion)
+    begin, end = int(config.begin * run.steps), max(int(config.end * run.steps), 1)
     tx = prune.around(
         run.optimizer.build(run.steps),
         criterion,
         sparsity={group.name: 1 - proposal.sizes[group.name] / group.size for group in analysis.groups},
         pattern=prune.groups(analysis.groups),
-        schedule=prune.cubic(int(config.begin * run.steps), max(int(config.end * run.steps), 1)),
+        schedule=prune.cubic(min(begin, end - 1), end),
         every=config.interval,
     )
     loss_tx = run.optimizer.build_for_terms(run.steps)

@@ -14,7 +14,7 @@ from bmjax import data, prune, trees
 from bmjax.config import field, within
 from bmjax.distill import Distill
 from bmjax.jobs import common
-from bmjax.jobs.common import Net
+from bmjax.jobs.common import Net, Terms
 from bmjax.losses import Task
 from bmjax.models import Plain
 from bmjax.train.run import Bench, Run
@@ -57,10 +57,14 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     """
     with common.bench(config, workdir) as bench:
         model, tutor = config.model.build(bench.dataset.shape, bench.dataset.classes), config.teacher
-        task = config.task.term()
-        teacher = _teacher(config, bench, tutor) if tutor is not None else None
-        terms = {"ce": (1.0, task)} if tutor is None else tutor.distill.terms(task)
-        name = "model" if teacher is None else "student"
+        plain = {"ce": (1.0, config.task.term())}
+        terms = plain if tutor is None else tutor.distill.terms(config.task.term())
+        name = "model" if tutor is None else "student"
+        teacher = None if tutor is None else _teacher(bench, tutor, plain)
+        common.check(bench, model, terms, config.run, teacher=teacher, wrap=config.prune.after)
+        configs.write_resolved(config, workdir)
+        if tutor is not None and teacher is not None and not tutor.pretrained:
+            teacher = common.train(bench, "teacher", teacher.model, plain, tutor.run)
         net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=config.prune.after)
         nets = {name: net} if teacher is None else {"teacher": teacher, name: net}
         common.ship(bench, net, workdir / EXPORT, {"config": configs.fingerprint(config)})
@@ -70,11 +74,13 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         return results
 
 
-def _teacher(config: Config, bench: Bench, tutor: Teacher) -> Net:
+def _teacher(bench: Bench, tutor: Teacher, plain: Terms) -> Net:
+    """The teacher from its export; its shapes alone, checked, where it is still to be trained."""
     model = tutor.model.build(bench.dataset.shape, bench.dataset.classes)
     if tutor.pretrained:
         return common.load(bench, model, tutor.pretrained)
-    return common.train(bench, "teacher", model, {"ce": (1.0, config.task.term())}, tutor.run)
+    common.check(bench, model, plain, tutor.run)
+    return Net(model, *bench.shapes(model))
 
 
 def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[str, Any]:

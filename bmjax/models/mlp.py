@@ -132,7 +132,7 @@ class Plain:
     """Config of a plain MLP; the default is the 128-64-32 classifier."""
 
     hidden: tuple[int, ...] = field(
-        (128, 64, 32), "width of each hidden layer", check=(lambda v: v and min(v) > 0, "sizes above 0")
+        (128, 64, 32), "width of each hidden layer", check=(lambda v: v and min(v) > 0, "above 0, at least one of them")
     )
 
     def build(self, shape: tuple[int, ...], classes: int) -> LinenModel:

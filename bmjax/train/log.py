@@ -18,6 +18,7 @@ import jax
 from absl import logging
 
 FILE = "metrics.jsonl"
+EVENTS_EVERY = 10.0  # seconds between handing events to TensorBoard
 
 
 class Log:
@@ -41,8 +42,10 @@ class Log:
         self._directory.mkdir(parents=True, exist_ok=True)
         self._show = progress and first
         self._wandb = _wandb_run(wandb, self._directory) if wandb and first else None
-        self._events = _event_writer(self._directory / "tensorboard") if tensorboard and first else None
+        self._events: Any = _event_writer(self._directory / "tensorboard") if tensorboard and first else None
         self._lines = (self._directory / FILE).open("a", encoding="utf-8") if first else None
+        self._waiting: list[tuple[str, float, int, float]] = []  # (tag, value, step, wall time) on the way to TensorBoard
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> Log:
         return self
@@ -67,10 +70,18 @@ class Log:
         run = prefix.replace(" ", "_")  # TensorBoard takes no spaces
         tags = {f"{run}/{name}" if run else name: value for name, value in plain.items()}
         if self._events is not None:
-            for tag, value in tags.items():
-                self._events.add_scalar(tag, value, step)
+            self._waiting += [(tag, value, step, time.time()) for tag, value in tags.items()]
+            if time.monotonic() - self._flushed > EVENTS_EVERY:
+                self._flush_events()
         if self._wandb is not None:  # its own step must never go back, ours starts anew with each prefix
             self._wandb.log({**tags, f"{prefix}/step" if prefix else "step": step})
+
+    def _flush_events(self) -> None:
+        # In batches, because the writer's thread takes the interpreter from the training loop for milliseconds each time it
+        # wakes: 65 us a step when a step takes 500 and every 50th is logged.
+        for event in self._waiting:
+            self._events.add_scalar(*event)
+        self._waiting, self._flushed = [], time.monotonic()
 
     def resume(self, step: int, prefix: str = "") -> None:
         """Drops the lines of this prefix after a step, which a run that was cut off had written beyond its last checkpoint."""
@@ -93,6 +104,7 @@ class Log:
         if self._lines is not None:
             self._lines.close()
         if self._events is not None:
+            self._flush_events()
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -83,6 +83,10 @@ def _diverged(what: str, metrics: Mapping[str, jax.Array], checkpoints: Any) -> 
     return ValueError(f"{what} ({terms}); {kept}; look at that batch, or lower the learning rate or clip the gradient")
 
 
+def _no_transfers() -> Any:
+    return jax.transfer_guard("disallow")
+
+
 def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
 
@@ -130,13 +134,14 @@ def fit(
     if done >= steps:
         return state
     held: Mapping[str, jax.Array] | None = None
+    # On an accelerator every transfer is meant: batches were put by the iterator, metrics are fetched by name.
+    guard = contextlib.nullcontext if jax.default_backend() == "cpu" else _no_transfers
     with _interrupts() as interrupted, log.progress(steps, done, name) as progress:
         last = False
         while not last:
             previous = held
             batch = next(batches)
-            # Every transfer here is meant: batches were put by the iterator, metrics are fetched by name.
-            with jax.transfer_guard("disallow"):
+            with guard():
                 state, held = step(state, frozen, batch)
             if previous is not None:
                 progress(done, _loss(done, previous, checkpoints))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -16,6 +15,7 @@ from jax.sharding import Mesh
 
 from bmjax import data, measure, parallel, trace
 from bmjax.config import at_least, field
+from bmjax.parallel.rules import Rules
 from bmjax.train import loop
 from bmjax.train.checkpoint import Checkpoints
 from bmjax.train.log import Log
@@ -82,7 +82,7 @@ def fit(
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
     seed = stream(bench.seed, name)
     batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, bench.data.augment)
-    rules, key, example = getattr(problem.model, "rules", ((".*", ()),)), jax.random.key(seed), bench.example()
+    rules, key, example = _rules(problem), jax.random.key(seed), bench.example()
     abstract = abstract_state(problem, bench.mesh, rules, key, example, frozen=frozen)
     with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
         restored = checkpoints.restore(abstract)
@@ -94,20 +94,40 @@ def fit(
         bench.log.resume(start, name)
         if start >= run.steps:
             return state
-        put = functools.partial(parallel.put_batch, mesh=bench.mesh)
-        with contextlib.closing(data.prefetch(batches, start, put)) as placed:
-            return loop.fit(
-                make_step(problem, bench.mesh, abstract),
-                state,
-                frozen,
-                placed,
-                run.steps,
-                log=bench.log,
-                name=name,
-                every=run.every,
-                evaluate=lambda state: _scores(bench, problem, state),
-                checkpoints=checkpoints,
-            )
+        # The step is dispatched before its batch is needed again, so preparing the next one overlaps with the device's work.
+        placed = (parallel.put_batch(batches[i], bench.mesh) for i in range(start, run.steps))
+        return loop.fit(
+            make_step(problem, bench.mesh, abstract),
+            state,
+            frozen,
+            placed,
+            run.steps,
+            log=bench.log,
+            name=name,
+            every=run.every,
+            evaluate=lambda state: _scores(bench, problem, state),
+            checkpoints=checkpoints,
+        )
+
+
+def check(bench: Bench, problem: Problem, frozen: Frozen = None) -> None:
+    """Traces the step and compiles nothing: what would be raised when a run of this problem starts is raised now.
+
+    Args:
+        bench, problem: as for `fit`.
+        frozen: the teacher's {"params", "model_state"}, arrays or abstract.
+
+    Raises:
+        ValueError: the batch does not divide over mesh and microbatches, or a term does not fit the model, teacher or data.
+    """
+    parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
+    example = bench.example()
+    abstract = abstract_state(problem, bench.mesh, _rules(problem), jax.random.key(bench.seed), example, frozen=frozen)
+    jax.eval_shape(make_step(problem, bench.mesh, abstract), abstract, frozen, example)
+
+
+def _rules(problem: Problem) -> Rules:
+    return getattr(problem.model, "rules", ((".*", ()),))
 
 
 def stream(seed: int, name: str) -> int:

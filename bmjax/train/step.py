@@ -171,9 +171,9 @@ def _gradients(
     """(float32 gradients, model_state, extra, metrics), aggregated over the shards of the batch."""
     one = _one_batch if problem.accumulate == 1 else _microbatches
     grads, carry = one(problem, state, frozen, batch)
-    # Reduced in float32: a bfloat16 all-reduce loses what was gained by float32 masters.
-    grads = collectives.pmean(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-    means = {name: Mean(*collectives.pmean(tuple(mean))) for name, mean in carry.means.items()}
+    # Reduced in float32 (a bfloat16 all-reduce loses what float32 masters keep), and all in one collective.
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    grads, means = collectives.pmean((grads, carry.means))
     metrics = {name: mean.value() for name, mean in means.items()}
     metrics["loss"] = _loss(problem, means, {name: mean.count for name, mean in means.items()})
     return grads, collectives.invariant(carry.model_state), collectives.invariant(carry.extra), metrics

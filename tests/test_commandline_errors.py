@@ -1,0 +1,256 @@
+"""Every mistake gets one line and exit code 2, before anything is compiled, and leaves a workdir that the right command can use."""
+
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from bmjax import config as configs
+from bmjax.config import commandline, kinds, leaves
+from bmjax.train import loop
+from bmjax.train import run as runs
+from experiments import compress, predict, train
+
+PROGRAMS = {"compress": (compress, "digits"), "train": (train, "article")}
+PRESETS = [(name, path.stem) for name in PROGRAMS for path in PROGRAMS[name][0].PRESETS.glob("[!_]*.py")]
+TINY = ["--config.model.hidden=4", "--config.data.batch=8", "--config.run.steps=2", "--config.machine.tensorboard=false"]
+
+
+def launch(program, *arguments):
+    module, default = PROGRAMS[program]
+    argv = [f"experiments/{program}.py", *map(str, arguments)]
+    configs.launch(module.main, presets=module.PRESETS, default=default, about=module.__doc__, argv=argv)
+
+
+class Started(Exception):  # noqa: N818 - it is no error
+    """Training would begin, and with it compiling."""
+
+
+@pytest.fixture
+def _nothing_runs(monkeypatch):
+    def start(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(runs, "init_state", start)
+    monkeypatch.setattr(loop, "fit", start)
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Runs a mistaken command; its one line."""
+
+    def run(program, *arguments, workdir=None):
+        folder = workdir or tmp_path / "workdir"
+        before = (folder / "config.json").exists()
+        with pytest.raises(SystemExit) as end:
+            launch(program, *arguments, f"--workdir={folder}")
+        assert end.value.code == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        assert (folder / "config.json").exists() == before
+        return err.removeprefix("error: ").rstrip()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def blobs(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    targets = np.arange(60) % 3
+    inputs = (rng.normal(size=(60, 5)) + 4 * np.eye(3, 5)[targets]).astype(np.float32)
+    path = tmp_path_factory.mktemp("data") / "blobs.npz"
+    np.savez(path, inputs=inputs, targets=targets)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(blobs):
+    """The workdir of a finished training of a 5-4-3 classifier."""
+    workdir = blobs.parent / "trained"
+    launch("train", *TINY, f"--config.data.source=arrays:{blobs}", f"--workdir={workdir}")
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "line"),
+    [
+        (
+            "compress",
+            ["--config.model.layer=3"],
+            "the config has no field config.model.layer; the nearest is config.model.layers",
+        ),
+        ("train", ["--config.learning_rate=1"], "the nearest is config.run.optimizer.learning_rate"),
+        ("compress", ["--workdri=x"], "there is no flag --workdri; the nearest is --workdir"),
+        ("compress", ["--config.model=3"], "config.model is a group of fields; set one of them: --config.model.layers,"),
+        ("train", ["--config=artcle"], "there is no preset 'artcle'; the nearest is 'article' of article, article_student"),
+        ("train", ["--config=none.py"], "there is no config file none.py"),
+        ("compress", ["runs/digits"], "stray argument 'runs/digits'; every option is a flag"),
+        ("train", ["--config.run.steps=many"], "--config.run.steps=many: expected an int"),
+        ("train", ["--config.run.steps=0"], "config.run.steps is 0; expected an int of at least 1"),
+        ("train", ["--config.run.optimizer.learning_rate=nan"], "learning_rate is nan; expected a finite number above 0"),
+        ("compress", ["--config.big.optimizer.learning_rate=inf"], "learning_rate is inf; expected a finite number above 0"),
+        ("compress", ["--config.machine.mesh=data=3"], "mesh 'data=3': it takes 3 devices, but there are 8"),
+        ("train", ["--config.machine.mesh=data=-1,fsdp=3"], "mesh 'data=-1,fsdp=3': 3 does not divide the 8 devices"),
+        ("train", ["--config.machine.mesh=model=8"], "the axis 'model' is not one of data, fsdp, tensor"),
+        ("compress", ["--config.data.batch=100"], "a batch of 100 does not divide over 8 devices; take a multiple of 8"),
+        ("compress", ["--config.retrain.accumulate=3"], "a batch of 128 does not divide over 8 devices x 3 microbatches"),
+        ("train", ["--config.data.batch=8000"], "the batch size is 8000; expected 1 to 898, the examples of the train split"),
+        ("train", ["--config.data.source=arrays:none.npz"], "there is no data file 'none.npz'; expected arrays:<file.npz>"),
+        ("train", ["--config.data.source=digit"], "there is no data source 'digit'; the nearest is 'digits'"),
+        ("train", ["--config.prune.sparsity=1"], "config.prune.sparsity is 1.0; expected a finite number in [0, 1)"),
+        ("train", ["--config.prune.sparsity=-0.1"], "config.prune.sparsity is -0.1; expected a finite number in [0, 1)"),
+        ("train", ["--config.prune.begin=0.8"], "config.prune: pruning begins at 0.8 and ends at 0.7; expected begin < end <= 1"),
+        (
+            "compress",
+            ["--config.prune.ratios=1"],
+            "config.prune.ratios is (1.0,); expected a tuple, each item a finite number above 1",
+        ),
+        ("compress", ["--config.distill.temperature=0"], "config.distill.temperature is 0.0; expected a finite number above 0"),
+        (
+            "train",
+            ["--config=article_student", "--config.teacher.distill.temperature=-2"],
+            "config.teacher.distill.temperature is -2.0; expected a finite number above 0",
+        ),
+        ("compress", ["--config=digits_vit", "--config.model.heads=5"], "config.model: width 64 does not divide into 5 heads"),
+        ("compress", ["--config=digits_vit", "--config.model.patch=3"], "patches of 3 pixels need images [H, W, C] with sides"),
+        ("compress", ["--config.task.class_weights=1,2"], "2 class_weights for 10 classes; give one per class"),
+        (
+            "compress",
+            ["--config.distill.hint_weight=1", "--config.distill.student_feature=finale"],
+            "there is no feature 'finale'; there are embed, layers/0",
+        ),
+        ("train", ["--config.seed=4294967296"], "config.seed is 4294967296; expected an int in [0, 4294967296)"),
+        ("compress", ["--config.pretrained=none"], "none has no manifest.json"),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_mistake_gets_one_line(refused, program, arguments, line):
+    assert line in refused(program, *arguments)
+
+
+GOOD = {"inputs": np.ones((40, 5), np.float32) * np.arange(40)[:, None], "targets": np.arange(40) % 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"targets": np.arange(40) % 3, "class_names": ["a", "b"]}, "the target of row 2 is 2; expected a class from 0 to 1"),
+        ({"targets": np.arange(40) % 2 - 1}, "the target of row 0 is -1; expected a class from 0 to"),
+        ({"targets": np.arange(40) % 2 + 0.5}, "targets are float64; expected integers, the class of each example"),
+        ({"targets": np.zeros(39, int)}, "targets have shape [39]; expected [40], one label for each input"),
+        ({"inputs": np.full((40, 5), np.nan)}, "the inputs of row 0 hold NaN or infinity (40 such rows)"),
+        ({"inputs": np.zeros((0, 5)), "targets": np.zeros(0, int)}, "inputs have shape [0, 5]; expected at least one example"),
+        ({"inputs": None}, "there is no array 'inputs'; there are targets"),
+        ({"split": ["train", "test"] * 20}, "the valid split is empty; every split needs examples"),
+        ({"split": ["train", "valid"] * 20}, "the test split is empty; every split needs examples"),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_runs")
+def test_data_that_cannot_be_used_get_one_line(refused, tmp_path, changes, line):
+    arrays = {name: array for name, array in {**GOOD, **changes}.items() if array is not None}
+    np.savez(tmp_path / "data.npz", **arrays)
+    said = refused("train", *TINY, f"--config.data.source=arrays:{tmp_path / 'data.npz'}")
+    assert line in said
+    assert "data.npz" in said
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_file_that_is_no_npz_gets_one_line(refused, tmp_path):
+    (tmp_path / "data.npz").write_text("inputs, targets")
+    assert "data.npz is not readable as an .npz file" in refused("train", f"--config.data.source=arrays:{tmp_path / 'data.npz'}")
+
+
+def test_a_workdir_of_another_config_gets_one_line(trained, blobs, refused, monkeypatch):
+    monkeypatch.setattr(runs, "init_state", None)
+    held = (trained / "config.json").read_text()
+    said = refused("train", *TINY, f"--config.data.source=arrays:{blobs}", "--config.seed=1", workdir=trained)
+    assert f"{trained} holds a run of another config (field seed: 0 there, 1 here); choose another --workdir" in said
+    assert (trained / "config.json").read_text() == held
+
+
+def test_a_workdir_that_is_a_file_gets_one_line(refused, blobs):
+    assert f"workdir {blobs} cannot be made" in refused("train", f"--config.data.source=arrays:{blobs}", workdir=blobs)
+
+
+def test_a_checkpoint_of_another_model_gets_one_line(trained, blobs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "init_state", None)
+    workdir = tmp_path / "moved"
+    shutil.copytree(trained / "checkpoints", workdir / "checkpoints")
+    arguments = [*TINY, f"--config.data.source=arrays:{blobs}", "--config.model.hidden=6", f"--workdir={workdir}"]
+    with pytest.raises(SystemExit) as end:
+        launch("train", *arguments)
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    # in the order of the tree: "head" comes before "hidden_0", "bias" before "kernel", and a head's bias has no hidden axis
+    assert re.search(r"does not fit the model: params/model/head/kernel has shape \[4, 3\], expected \[6, 3\]\n$", said)
+
+
+def student_of(export):
+    return [
+        "--config=article_student",
+        f"--config.teacher.pretrained={export}",
+        "--config.predict=false",
+        "--config.data.batch=8",
+    ]
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_teacher_of_other_classes_gets_one_line(trained, refused):
+    said = refused("train", *student_of(trained / "export"))
+    assert said == f"{trained / 'export'} has 3 classes and digits has 10; teacher and student need the same classes"
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_an_export_of_another_model_gets_one_line(trained, blobs, refused):
+    data = f"--config.data.source=arrays:{blobs}"
+    said = refused("train", *student_of(trained / "export"), data, "--config.teacher.model.hidden=6")
+    assert said == f"{trained / 'export'} does not fit the model: head/kernel has shape [4, 3], expected [6, 3]"
+    said = refused("compress", "--config=article", data, "--config.data.batch=8", f"--config.pretrained={trained / 'export'}")
+    assert "does not fit the model: head/kernel has shape [4, 3], expected [32, 3]" in said
+    checkpoint = next((trained / "checkpoints" / "model").iterdir())
+    said = refused("train", *student_of(checkpoint), data)
+    assert said == f"{checkpoint} is not an exported model; give the folder that an export wrote"
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_after_a_mistake_the_right_command_takes_the_same_workdir(refused, tmp_path):
+    refused("compress", "--config=digits_vit", "--config.model.patch=3")
+    refused("compress", "--config.big.accumulate=3")
+    with pytest.raises(Started):
+        launch("compress", f"--workdir={tmp_path / 'workdir'}")
+    assert (tmp_path / "workdir" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("program", "preset"), PRESETS)
+@pytest.mark.usefixtures("_nothing_runs")
+def test_every_preset_reaches_its_training(program, preset, tmp_path):
+    with pytest.raises(Started):
+        launch(program, f"--config={preset}", f"--workdir={tmp_path}")
+    assert (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(("program", "preset"), PRESETS)
+def test_help_prints_every_field(program, preset, capsys):
+    launch(program, f"--config={preset}", "--help")
+    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --config.")}
+    module, _ = PROGRAMS[program]
+    config = commandline._load(preset, module.PRESETS)
+    fields = list(leaves(config))
+    assert set(printed) == {f"--{leaf.path}" for leaf in fields}
+    for leaf in fields:
+        line, words = printed[f"--{leaf.path}"], leaf.field.metadata["help"]
+        assert words
+        assert re.search(rf"  {re.escape(words)}( \(one of .*\))?$", line)
+        assert f" {kinds.type_name(leaf.type)} " in line
+        if isinstance(leaf.value, (int, float)) and not isinstance(leaf.value, bool):
+            assert f" {leaf.value} " in line
+
+
+def test_help_of_predict_prints_every_flag(capsys):
+    predict.main(["predict", "--help"])
+    out = capsys.readouterr().out
+    for name in ("model", "input", "key", "output", "batch"):
+        assert re.search(rf"  --{name}  \((string|int), default: \w+\)\n      \S", out)
