@@ -1,4 +1,4 @@
-"""Every mistake gets one line and exit code 2, before anything is compiled, and leaves a workdir that the right command can use."""
+"""Every mistake gets one line and exit code 2 before anything is compiled, and leaves the workdir to the right command."""
 
 import re
 import shutil
@@ -13,7 +13,7 @@ from bmjax.train import run as runs
 from experiments import compress, predict, train
 
 PROGRAMS = {"compress": (compress, "digits"), "train": (train, "article")}
-PRESETS = [(name, path.stem) for name in PROGRAMS for path in PROGRAMS[name][0].PRESETS.glob("[!_]*.py")]
+PRESETS = [(name, path.stem) for name in PROGRAMS for path in sorted(PROGRAMS[name][0].PRESETS.glob("[!_]*.py"))]
 TINY = ["--config.model.hidden=4", "--config.data.batch=8", "--config.run.steps=2", "--config.machine.tensorboard=false"]
 
 
@@ -138,7 +138,7 @@ GOOD = {"inputs": np.ones((40, 5), np.float32) * np.arange(40)[:, None], "target
     ("changes", "line"),
     [
         ({"targets": np.arange(40) % 3, "class_names": ["a", "b"]}, "the target of row 2 is 2; expected a class from 0 to 1"),
-        ({"targets": np.arange(40) % 2 - 1}, "the target of row 0 is -1; expected a class from 0 to"),
+        ({"targets": np.arange(40) % 2 - 1}, "the target of row 0 is -1; expected a class from 0 to 0"),
         ({"targets": np.arange(40) % 2 + 0.5}, "targets are float64; expected integers, the class of each example"),
         ({"targets": np.zeros(39, int)}, "targets have shape [39]; expected [40], one label for each input"),
         ({"inputs": np.full((40, 5), np.nan)}, "the inputs of row 0 hold NaN or infinity (40 such rows)"),
@@ -172,7 +172,7 @@ def test_a_workdir_of_another_config_gets_one_line(trained, blobs, refused, monk
 
 
 def test_a_workdir_that_is_a_file_gets_one_line(refused, blobs):
-    assert f"workdir {blobs} cannot be made" in refused("train", f"--config.data.source=arrays:{blobs}", workdir=blobs)
+    assert f"workdir {blobs} cannot be made" in refused("train", *TINY, f"--config.data.source=arrays:{blobs}", workdir=blobs)
 
 
 def test_a_checkpoint_of_another_model_gets_one_line(trained, blobs, tmp_path, capsys, monkeypatch):

@@ -44,8 +44,7 @@ def bench(tmp_path, request):
         mesh = parallel.make_mesh(f"data={devices}", jax.devices()[:devices])
         log = logs.Log(tmp_path / folder, tensorboard=False, progress=False)
         opened.append(log)
-        settings = data.Data(batch=8, augment=data.Augment(noise=0.1))
-        return run.Bench(mesh, dataset(), settings, tmp_path / folder, log, seed=5)
+        return run.Bench(mesh, dataset(), data.Data(batch=8), tmp_path / folder, log, seed=5)
 
     yield make
     for log in opened:
@@ -72,7 +71,9 @@ def frozen(mesh):
 def train(bench, steps, every=QUIET, name="student", problem=None, params=None):
     problem = problem or distilled_and_pruned()
     teacher = frozen(bench.mesh) if problem.teacher else None
-    return run.fit(bench, name, problem, run.Run(steps=steps, every=every), frozen=teacher, params=params)
+    return run.fit(
+        bench, name, problem, run.Run(steps=steps, every=every, augment=data.Augment(noise=0.1)), frozen=teacher, params=params
+    )
 
 
 def leaves(state):

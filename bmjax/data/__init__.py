@@ -13,7 +13,6 @@ __all__ = [
     "build",
     "eval_batches",
     "load",
-   
     "stratified",
     "train_batches",
 ]

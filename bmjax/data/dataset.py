@@ -118,12 +118,12 @@ def _check_arrays(name: str, inputs: np.ndarray, targets: np.ndarray, classes: i
         raise ValueError(f"{name}: targets have shape {list(targets.shape)}; expected [{len(inputs)}], one label for each input")
     if targets.dtype.kind not in "iu":
         raise ValueError(f"{name}: targets are {targets.dtype}; expected integers, the class of each example")
-    if classes < 2:
-        raise ValueError(f"{name}: there is {classes} class; expected at least 2")
     outside = np.flatnonzero((targets < 0) | (targets >= classes))
     if outside.size:
         row = outside[0]
         raise ValueError(f"{name}: the target of row {row} is {targets[row]}; expected a class from 0 to {classes - 1}")
+    if classes < 2:
+        raise ValueError(f"{name}: there is {classes} class; expected at least 2")
     bad = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
     if bad.size:
         raise ValueError(f"{name}: the inputs of row {bad[0]} hold NaN or infinity ({bad.size} such rows); clean or drop them")

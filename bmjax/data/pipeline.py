@@ -34,7 +34,6 @@ class Data:
 
     source: str = field("digits", "digits, or arrays:<file.npz> with inputs [n, ...] and targets [n]")
     batch: int = field(128, "examples a step, over all devices", check=at_least(1))
-    augment: Augment = field(Augment(), "changes of the training inputs")
 
 
 def train_batches(split: Split, batch: int, seed: int, augment: Augment | None = None) -> grain.MapDataset:

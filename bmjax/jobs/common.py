@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 import optax
+from absl import logging
 
 from bmjax import config as configs
 from bmjax import data, deploy, manifest, measure, parallel, trees
@@ -69,7 +70,7 @@ def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
     dataset = data.load(config.data.source)
     mesh = parallel.make_mesh(config.machine.mesh)
     parallel.check_batch(config.data.batch, mesh)
-    data.train_batches(dataset.train, config.data.batch, config.seed, config.data.augment)
+    data.train_batches(dataset.train, config.data.batch, config.seed)
     configs.check_workdir(config, workdir)
     with Log(workdir, tensorboard=config.machine.tensorboard, wandb=config.machine.wandb) as log:
         yield Bench(mesh, dataset, config.data, workdir, log, config.seed)
@@ -104,7 +105,7 @@ def check(
     wrap: Wrap = _unchanged,
 ) -> None:
     """Raises ValueError where `train` with these arguments would, before anything is compiled; a teacher may be abstract."""
-    runs.check(bench, _problem(model, terms, run, teacher, wrap), teacher and teacher.frozen)
+    runs.check(bench, _problem(model, terms, run, teacher, wrap), run, teacher and teacher.frozen)
 
 
 def train(
@@ -157,7 +158,8 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
     Raises:
         ValueError: the export is altered, has other classes, or does not fit the model (names the first parameter that differs).
     """
-    classes = manifest.verify(directory).get("classes")
+    about = manifest.verify(directory)
+    classes = about.get("classes")
     if classes is None:
         raise ValueError(f"{directory} is not an exported model; give the folder that an export wrote")
     if classes != bench.dataset.classes:
@@ -169,6 +171,8 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
     expected, state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
     if misfit := trees.first_difference(expected, params):
         raise ValueError(f"{directory} does not fit the model: {misfit}")
+    if about["metadata"].get("data_fingerprint") != bench.dataset.fingerprint:
+        logging.warning("%s was made on other data than %s, whose normalisation is used now", directory, bench.dataset.name)
     return Net(model, jax.device_put(params, parallel.partition(params, model.rules, bench.mesh)), state)
 
 

@@ -53,7 +53,7 @@ def gather(
         models.append({"name": name, "about": ABOUT[name], **common.scores(found[name]), **cost, **spent})
     chosen = next((candidate for candidate in reversed(tried) if candidate.holds), None)
     return {
-        "verdict": _verdict(found, max_drop, level),
+        "verdict": _verdict(found, tried, max_drop, level),
         "models": models,
         "candidates": [_candidate(candidate, found_big(bench, nets), candidate is chosen) for candidate in tried],
         "structure": None if chosen is None else structure(analysis, chosen.keeps),
@@ -70,9 +70,12 @@ def found_big(bench: Bench, nets: Mapping[str, Net]) -> float:
     return common.evaluate(bench, nets["big"], bench.dataset.valid).summary["accuracy"]
 
 
-def _verdict(found: Mapping[str, measure.Evaluation], max_drop: float, level: float) -> dict[str, Any]:
+def _verdict(
+    found: Mapping[str, measure.Evaluation], tried: Sequence[Candidate], max_drop: float, level: float
+) -> dict[str, Any]:
     if "small" not in found:
-        return {"verdict": "nothing passed", "sentence": "no candidate held on the validation split", "margin": max_drop}
+        why = "no candidate held on the validation split" if tried else "no sizes of this model reach a ratio that was asked for"
+        return {"verdict": "nothing passed", "sentence": why, "margin": max_drop}
     verdict = measure.non_inferiority(found["big"].correct, found["small"].correct, max_drop, level)
     fields = verdict._asdict()
     return {**fields, "big_only": fields.pop("b"), "small_only": fields.pop("c"), "sentence": verdict.sentence}

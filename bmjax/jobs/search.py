@@ -126,7 +126,10 @@ def search(
     whole = {group.name: group.size for group in analysis.groups}
     reference = common.evaluate(bench, big, bench.dataset.valid).summary["accuracy"]
     tried: list[Candidate] = []
-    for proposal in propose(big.model, whole, config.ratios, bench.dataset.shape):
+    proposals = propose(big.model, whole, config.ratios, bench.dataset.shape)
+    for ratio in sorted(set(config.ratios) - {proposal.ratio for proposal in proposals}):
+        logging.warning("%gx fewer parameters is not tried: no sizes reach it, or a ratio before it has the same sizes", ratio)
+    for proposal in proposals:
         net, keeps = _prune(bench, big, analysis, proposal, config, terms)
         accuracy = common.evaluate(bench, net, bench.dataset.valid).summary["accuracy"]
         holds = reference - accuracy <= max_drop

@@ -17,9 +17,7 @@ class Sparsity:
     """Magnitude pruning of single weights during training; a sparsity of 0 prunes nothing."""
 
     sparsity: float = field(0.0, "fraction of the kernels' weights that end as zero", check=within(0, 1, open_high=True))
-    allocation: str = field(
-        "uniform", "the same sparsity in each kernel, or one threshold", choices=("uniform", "global")
-    )
+    allocation: str = field("uniform", "the same sparsity in each kernel, or one threshold", choices=("uniform", "global"))
     schedule: str = field("cubic", "gradually, or all at `end`", choices=("cubic", "one_shot"))
     begin: float = field(0.2, "fraction of the steps after which pruning begins", check=within(0, 1))
     end: float = field(0.7, "fraction of the steps after which the target is reached", check=above(0))

@@ -31,6 +31,7 @@ class Run:
     steps: int = field(600, "updates", check=at_least(1))
     accumulate: int = field(1, "microbatches a step", check=at_least(1))
     optimizer: Optimizer = field(Optimizer(), "the update rule")
+    augment: data.Augment = field(data.Augment(), "random changes of the training inputs")
     every: loop.Every = field(loop.Every(), "how often to log, evaluate and save")
 
 
@@ -81,7 +82,7 @@ def fit(
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
     seed = stream(bench.seed, name)
-    batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, bench.data.augment)
+    batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, run.augment)
     rules, key, example = _rules(problem), jax.random.key(seed), bench.example()
     abstract = abstract_state(problem, bench.mesh, rules, key, example, frozen=frozen)
     with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
@@ -110,17 +111,19 @@ def fit(
         )
 
 
-def check(bench: Bench, problem: Problem, frozen: Frozen = None) -> None:
+def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> None:
     """Traces the step and compiles nothing: what would be raised when a run of this problem starts is raised now.
 
     Args:
-        bench, problem: as for `fit`.
+        bench, problem, run: as for `fit`.
         frozen: the teacher's {"params", "model_state"}, arrays or abstract.
 
     Raises:
-        ValueError: the batch does not divide over mesh and microbatches, or a term does not fit the model, teacher or data.
+        ValueError: the batch does not divide over mesh and microbatches, a term does not fit the model, teacher or data, or
+            the data cannot be augmented so.
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
+    data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)
     example = bench.example()
     abstract = abstract_state(problem, bench.mesh, _rules(problem), jax.random.key(bench.seed), example, frozen=frozen)
     jax.eval_shape(make_step(problem, bench.mesh, abstract), abstract, frozen, example)

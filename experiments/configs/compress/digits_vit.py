@@ -13,15 +13,16 @@ from bmjax.train.run import Run
 
 def get_config() -> Config:
     """The preset."""
+    every = Every(log=50, evaluate=250)
+    adamw = Optimizer(learning_rate=1.5e-3, weight_decay=1e-2)
+    augment = Augment(shift=1, shifted=0.5, noise=0.1)
     return Config(
         title="digits, vision transformer",
         machine=Machine(devices=2),
-        data=Data(source="digits", batch=128, augment=Augment(shift=1, shifted=0.5, noise=0.1)),
+        data=Data(source="digits", batch=128),
         model=Transformer(patch=2, layers=4, width=64, heads=4, neurons=256),
         distill=Distill(share=0.9, temperature=2.0),
-        big=Run(steps=1500, optimizer=Optimizer(learning_rate=1.5e-3, weight_decay=1e-2), every=Every(log=50, evaluate=250)),
-        prune=Pruning(
-            ratios=(2.0, 4.0, 8.0), run=Run(steps=600, optimizer=Optimizer(learning_rate=1e-3), every=Every(log=25, evaluate=200))
-        ),
-        retrain=Run(steps=600, optimizer=Optimizer(learning_rate=1e-3), every=Every(log=50, evaluate=200)),
+        big=Run(steps=1500, optimizer=adamw, augment=augment, every=every),
+        prune=Pruning(ratios=(2.0, 4.0), end=0.5, run=Run(steps=500, optimizer=adamw, augment=augment, every=every)),
+        retrain=Run(steps=500, optimizer=adamw, augment=augment, every=every),
     )

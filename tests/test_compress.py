@@ -1,0 +1,278 @@
+"""The main job on three blobs: what it reports is what it ships, it goes on where it was cut, and it says when nothing passed."""
+
+import copy
+import functools
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from bmjax import config as configs
+from bmjax import data, deploy
+from bmjax.data.dataset import stratified
+from bmjax.distill import Distill
+from bmjax.jobs import common
+from bmjax.jobs import compress as jobs
+from bmjax.jobs import train as alone
+from bmjax.jobs.search import Pruning
+from bmjax.models import Plain, Residual, Transformer
+from bmjax.train import log as logs
+from bmjax.train import loop
+from bmjax.train.optimizer import Optimizer
+from bmjax.train.run import Run
+
+BATCH, BIG_STEPS, PRUNE_STEPS, RETRAIN_STEPS = 16, 30, 30, 20
+RESIDUAL = Residual(layers=2, width=8, neurons=16)
+MESH = "data=2,fsdp=4"
+
+
+@functools.cache
+def arrays(image):
+    """Raw (inputs, targets) of three blobs that no straight cut confuses."""
+    rng = np.random.default_rng(0)
+    targets = np.arange(400) % 3
+    inputs = 0.3 * rng.normal(size=(400, 16)) + 3 * np.eye(3, 16)[targets]
+    return inputs.reshape((400, 4, 4, 1) if image else (400, 16)).astype(np.float32), targets
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """image -> name of the data."""
+    folder = tmp_path_factory.mktemp("data")
+    for image in (False, True):
+        np.savez(folder / f"{image}.npz", inputs=arrays(image)[0], targets=arrays(image)[1])
+    return lambda image: f"arrays:{folder / f'{image}.npz'}"
+
+
+def run(steps, rate=0.01):
+    return Run(steps=steps, optimizer=Optimizer(learning_rate=rate), every=loop.Every(log=10, evaluate=0, save=0))
+
+
+def config(source, model=RESIDUAL, *, mesh=MESH, ratios=(3.0,), max_drop=0.1, prune=None, **changes):
+    found = jobs.Config(
+        title="three blobs",
+        machine=common.Machine(mesh=mesh, tensorboard=False),
+        data=data.Data(source=source, batch=BATCH),
+        model=model,
+        distill=Distill(share=0.5),
+        big=run(BIG_STEPS),
+        prune=Pruning(ratios=ratios, run=prune or run(PRUNE_STEPS), interval=7),
+        retrain=run(RETRAIN_STEPS),
+        budget=jobs.Budget(max_drop=max_drop),
+        latency=jobs.Latency(batch=64, repeats=5),
+        **changes,
+    )
+    configs.validate(found)
+    return configs.freeze(found)
+
+
+@pytest.fixture(scope="module")
+def finished(source, tmp_path_factory):
+    """(workdir, results) of the whole job."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, jobs.compress(config(source(False)), workdir, "the command")
+
+
+def named(results):
+    return {model["name"]: model for model in results["models"]}
+
+
+def shipped_accuracy(workdir, image=False):
+    """Of the exported file on the raw test rows."""
+    inputs, targets = arrays(image)
+    rows = stratified(targets)["test"]
+    return np.mean(np.argmax(deploy.load(workdir / jobs.EXPORT)(inputs[rows]), -1) == targets[rows])
+
+
+def residual_count(layers, neurons, w=8):
+    return (16 * w + w) + layers * (2 * w + (w * neurons + neurons) + (neurons * w + w)) + 2 * w + (w * 3 + 3)
+
+
+def residual_flops(layers, neurons, w=8):
+    return 2 * (16 * w + layers * 2 * w * neurons + w * 3)
+
+
+def test_the_small_model_is_not_worse_and_has_the_ratio(finished):
+    _, results = finished
+    verdict, models = results["verdict"], named(results)
+    assert list(models) == ["big", "small", "from scratch", "without teacher"]
+    assert verdict["verdict"] == "not worse"
+    assert verdict["n"] == 160  # 40% of 400
+    assert models["big"]["metrics"]["accuracy"] == 1.0
+    assert verdict["drop"] == pytest.approx(1.0 - models["small"]["metrics"]["accuracy"])
+    (candidate,) = results["candidates"]
+    sizes = candidate["sizes"]
+    assert candidate["chosen"] and candidate["holds"]
+    assert models["big"]["parameters"] == residual_count(2, 16)
+    assert models["small"]["parameters"] == candidate["parameters"] == residual_count(**sizes) <= residual_count(2, 16) / 3
+    for name in ("from scratch", "without teacher"):
+        assert models[name]["parameters"] == models["small"]["parameters"]
+    assert models["small"]["bytes"] == 4 * models["small"]["parameters"]
+
+
+def test_what_was_removed_where_is_what_was_shipped(finished):
+    workdir, results = finished
+    structure, (candidate,) = results["structure"], results["candidates"]
+    assert structure["sizes_before"] == {"layers": 2, "neurons": 16}
+    assert structure["sizes_after"] == candidate["sizes"]
+    kept = [layer for layer in structure["layers"] if layer["kept"]]
+    assert len(kept) == candidate["sizes"]["layers"] == 1
+    assert kept[0]["importance"] == max(layer["importance"] for layer in structure["layers"])
+    assert sum(kept[0]["parts"]["neurons"]["kept"]) == candidate["sizes"]["neurons"]
+    params = load_file(workdir / jobs.EXPORT / "params.safetensors")
+    assert params["layers/up/kernel"].shape == (1, 8, candidate["sizes"]["neurons"])
+    assert sum(leaf.size for leaf in params.values()) == candidate["parameters"]
+
+
+def test_the_export_predicts_what_the_results_say(finished):
+    workdir, results = finished
+    assert named(results)["small"]["metrics"]["accuracy"] == pytest.approx(shipped_accuracy(workdir))
+    assert results["files"]["export"] == str(workdir / jobs.EXPORT)
+    manifest = json.loads((workdir / jobs.EXPORT / "manifest.json").read_text())["data"]
+    assert manifest["metadata"]["verdict"] == "not worse"
+
+
+def test_the_baselines_get_equal_compute(finished):
+    _, results = finished
+    models, sizes = named(results), results["candidates"][0]["sizes"]
+    big, small = residual_flops(2, 16), residual_flops(**sizes)
+    assert [models["big"]["flops"], models["small"]["flops"]] == [big, small]
+    assert models["big"]["train_flops"] == BIG_STEPS * BATCH * 3 * big
+    spent = PRUNE_STEPS * BATCH * (3 * big + big) + RETRAIN_STEPS * BATCH * (3 * small + big)
+    assert models["small"]["train_flops"] == spent
+    assert models["small"]["train_steps"] == PRUNE_STEPS + RETRAIN_STEPS
+    step = BATCH * 3 * small
+    for name in ("from scratch", "without teacher"):
+        assert abs(models[name]["train_flops"] - spent) <= step / 2
+    assert models["from scratch"]["train_flops"] == models["from scratch"]["train_steps"] * step
+
+
+def test_the_report_shows_the_results(finished):
+    workdir, results = finished
+    page = (workdir / jobs.REPORT).read_text()
+    assert "three blobs" in page
+    assert results["verdict"]["sentence"].split(",")[0] in page
+    assert f"{named(results)['small']['parameters']:,}" in page
+    assert json.loads((workdir / jobs.RESULTS).read_text()) == json.loads(json.dumps(results))
+
+
+def test_a_finished_job_is_shown_again(finished, source, monkeypatch):
+    workdir, results = finished
+    monkeypatch.setattr(loop, "fit", None)
+    assert jobs.compress(config(source(False)), workdir, "another command") == json.loads(json.dumps(results))
+
+
+def lasting(results):
+    """What does not depend on when and where a job ran."""
+    found = copy.deepcopy(json.loads(json.dumps(results)))
+    for key in ("created", "files", "command"):
+        del found[key]
+    for model in found["models"]:
+        del model["latency"]
+    return found
+
+
+@pytest.mark.parametrize(("where", "left"), [("retrain", ["retrain", "from scratch", "without teacher"]), ("results", [])])
+def test_a_job_that_was_killed_goes_on(finished, source, tmp_path, monkeypatch, where, left):
+    trained, fit, gather = [], loop.fit, jobs.results.gather
+
+    def watched(*args, name, **kwargs):
+        if name == where:
+            raise KeyboardInterrupt
+        trained.append(name)
+        return fit(*args, name=name, **kwargs)
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "fit", watched)
+        patched.setattr(jobs.results, "gather", killed)
+        with pytest.raises(KeyboardInterrupt):
+            jobs.compress(config(source(False)), tmp_path, "the command")
+    every = ["big", "prune 3x", "retrain", "from scratch", "without teacher"]
+    assert trained == every[: len(every) - len(left)]
+    assert not (tmp_path / jobs.RESULTS).exists()
+    trained.clear()
+    where = None
+    monkeypatch.setattr(loop, "fit", watched)
+    assert jobs.results.gather is gather
+    results = jobs.compress(config(source(False)), tmp_path, "the command")
+    assert trained == left
+    assert lasting(results) == lasting(finished[1])
+
+
+def test_a_vision_transformer_loses_layers_heads_and_neurons(source, tmp_path):
+    model = Transformer(patch=2, layers=2, width=8, heads=2, neurons=16)
+    results = jobs.compress(config(source(True), model, ratios=(3.0,)), tmp_path, "c")
+    (candidate,) = results["candidates"]
+    assert results["structure"]["sizes_before"] == {"layers": 2, "heads": 2, "neurons": 16}
+    assert results["structure"]["sizes_after"] == candidate["sizes"]
+    assert candidate["sizes"]["layers"] == candidate["sizes"]["heads"] == 1
+    assert candidate["sizes"]["neurons"] < 16
+    params = load_file(tmp_path / jobs.EXPORT / "params.safetensors")
+    assert params["layers/attention/query/kernel"].shape == (1, 8, 1, 4)
+    assert params["layers/up/kernel"].shape == (1, 8, candidate["sizes"]["neurons"])
+    small = named(results)["small"]
+    assert small["parameters"] == sum(leaf.size for leaf in params.values()) <= named(results)["big"]["parameters"] / 3
+    assert results["verdict"]["verdict"] == "not worse"
+    assert small["metrics"]["accuracy"] == pytest.approx(shipped_accuracy(tmp_path, image=True))
+
+
+@pytest.fixture(scope="module")
+def classifier(source, tmp_path_factory):
+    """Folder of an exported plain classifier, trained alone."""
+    workdir = tmp_path_factory.mktemp("classifier")
+    settings = alone.Config(
+        machine=common.Machine(mesh="data=8", tensorboard=False),
+        data=data.Data(source=source(False), batch=BATCH),
+        model=Plain(hidden=(24, 12)),
+        run=run(40, 0.03),
+    )
+    results = alone.train(configs.freeze(settings), workdir, "c")
+    return workdir / alone.EXPORT, results["models"][0]
+
+
+def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
+    export, known = classifier
+    settings = config(source(False), Plain(hidden=(24, 12)), mesh="data=8", ratios=(2.0,), pretrained=str(export))
+    results = jobs.compress(settings, tmp_path, "c")
+    models = named(results)
+    assert models["big"]["metrics"]["confusion"] == known["metrics"]["confusion"]
+    assert models["big"]["train_steps"] == 0
+    assert "big" not in logs.read(tmp_path)
+    assert results["verdict"]["verdict"] == "not worse"
+    a, b = results["candidates"][0]["sizes"].values()
+    assert models["small"]["parameters"] == 16 * a + a + a * b + b + b * 3 + 3 <= (16 * 24 + 24 + 24 * 12 + 12 + 12 * 3 + 3) / 2
+    shared = results["structure"]["shared"]
+    assert [sum(shared[name]["kept"]) for name in ("hidden_0", "hidden_1")] == [a, b]
+    params = load_file(tmp_path / jobs.EXPORT / "params.safetensors")
+    assert [params[f"hidden_{i}/kernel"].shape for i in range(2)] == [(16, a), (a, b)]
+    assert models["small"]["metrics"]["accuracy"] == pytest.approx(shipped_accuracy(tmp_path))
+    assert (tmp_path / jobs.REPORT).exists()
+
+
+@pytest.mark.parametrize(
+    ("ratios", "tried", "sentence"),
+    [((20.0, 25.0), 1, "no candidate held"), ((1e6,), 0, "no sizes of this model reach a ratio")],
+)
+def test_when_nothing_passes_it_says_so(source, classifier, tmp_path, ratios, tried, sentence):
+    export, _ = classifier
+    settings = config(
+        source(False),
+        Plain(hidden=(24, 12)),
+        mesh="data=8",
+        ratios=ratios,
+        max_drop=0.001,
+        prune=run(3, 1e-6),  # one neuron a layer, and no time to learn: three classes cannot be told apart
+        pretrained=str(export),
+    )
+    results = jobs.compress(settings, tmp_path, "c")
+    assert results["verdict"]["verdict"] == "nothing passed"
+    assert sentence in results["verdict"]["sentence"]
+    assert [model["name"] for model in results["models"]] == ["big"]
+    assert [candidate["holds"] for candidate in results["candidates"]] == [False] * tried
+    assert results["structure"] is None
+    assert not (tmp_path / jobs.EXPORT).exists()
+    assert "nothing passed" in (tmp_path / jobs.REPORT).read_text().lower()
