@@ -26,6 +26,6 @@ def get_config() -> Config:
         model=Residual(layers=4, width=128, neurons=512),
         distill=Distill(share=0.9, temperature=4.0),
         big=Run(steps=1500, optimizer=adamw, augment=augment, every=every),
-        prune=Pruning(ratios=(10.5,), end=0.5, run=Run(steps=600, optimizer=adamw, every=every)),
+        prune=Pruning(ratios=(5.0, 10.5), end=0.5, run=Run(steps=600, optimizer=adamw, every=every)),
         retrain=Run(steps=1500, optimizer=adamw, every=every),
     )
