@@ -19,10 +19,10 @@ def get_config() -> Config:
     return Config(
         title="digits, vision transformer",
         machine=Machine(devices=2),
-        data=Data(source="digits", batch=128),
+        data=Data(source="digits", batch=64),
         model=Transformer(patch=2, layers=4, width=64, heads=4, neurons=256),
         distill=Distill(share=0.9, temperature=2.0),
-        big=Run(steps=1500, optimizer=adamw, augment=augment, every=every),
-        prune=Pruning(ratios=(2.0, 4.0), end=0.5, run=Run(steps=500, optimizer=adamw, augment=augment, every=every)),
-        retrain=Run(steps=500, optimizer=adamw, augment=augment, every=every),
+        big=Run(steps=1200, optimizer=adamw, augment=augment, every=every),
+        prune=Pruning(ratios=(2.0, 4.0), end=0.5, run=Run(steps=400, optimizer=adamw, augment=augment, every=every)),
+        retrain=Run(steps=400, optimizer=adamw, augment=augment, every=every),
     )
