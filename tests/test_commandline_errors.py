@@ -158,6 +158,14 @@ def test_data_that_cannot_be_used_get_one_line(refused, tmp_path, changes, line)
 
 
 @pytest.mark.usefixtures("_nothing_runs")
+def test_rows_of_numbers_cannot_be_shifted_nor_cut_into_patches(refused, blobs):
+    source = ["--config.data.batch=8", f"--config.data.source=arrays:{blobs}"]
+    said = refused("train", *TINY, *source, "--config.run.augment.shift=1")
+    assert said == "shift is 1 for inputs [5]; expected images [H, W, C] larger than the shift"
+    assert "patches of 2 pixels need images" in refused("compress", "--config=digits_vit", *source)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
 def test_a_file_that_is_no_npz_gets_one_line(refused, tmp_path):
     (tmp_path / "data.npz").write_text("inputs, targets")
     assert "data.npz is not readable as an .npz file" in refused("train", f"--config.data.source=arrays:{tmp_path / 'data.npz'}")
