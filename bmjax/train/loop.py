@@ -83,6 +83,10 @@ def _diverged(what: str, metrics: Mapping[str, jax.Array], checkpoints: Any) -> 
     return ValueError(f"{what} ({terms}); {kept}; look at that batch, or lower the learning rate or clip the gradient")
 
 
+def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    return {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+
+
 def _no_transfers() -> Any:
     return jax.transfer_guard("disallow")
 
@@ -137,7 +141,7 @@ def fit(
     # On an accelerator every transfer is meant: batches were put by the iterator, metrics are fetched by name.
     guard = contextlib.nullcontext if jax.default_backend() == "cpu" else _no_transfers
     with _interrupts() as interrupted, log.progress(steps, done, name) as progress:
-        last = False
+        last = waited = False
         while not last:
             previous = held
             batch = next(batches)
@@ -145,17 +149,21 @@ def fit(
                 state, held = step(state, frozen, batch)
             if previous is not None:
                 progress(done, _loss(done, previous, checkpoints))
+                if _due(every.log, done) and not waited:
+                    log.scalars(done, _floats(previous), name)
             done += 1
             last = done == steps or interrupted()
             saves = last or _due(every.save, done)
-            if saves:  # only a state that is known to be good is saved
-                _loss(done, held, checkpoints)
-                _check_parameters(done, state, held, checkpoints)
-            if last or _due(every.log, done):
+            evaluates = evaluate is not None and (last or _due(every.evaluate, done))
+            waited = saves or evaluates
+            if waited:
                 progress(done, _loss(done, held, checkpoints))
-                log.scalars(done, {key: float(value) for key, value in jax.device_get(held).items()}, name)
+                if last or _due(every.log, done):
+                    log.scalars(done, _floats(held), name)
+            if saves:  # only a state that is known to be good is saved
+                _check_parameters(done, state, held, checkpoints)
             scores = None
-            if evaluate is not None and (last or _due(every.evaluate, done)):
+            if evaluate is not None and evaluates:
                 scores = evaluate(state)
                 log.scalars(done, {f"valid_{key}": value for key, value in scores.items()}, name)
             if checkpoints is not None and saves:
