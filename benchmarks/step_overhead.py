@@ -161,8 +161,8 @@ def classifier(steps: int, devices: int):
 
         def ours() -> None:
             start = int(run[0].step)
-            placed = (parallel.put_batch(batches[i], mesh) for i in range(start, start + steps))
-            run[0] = loop.fit(step, run[0], None, placed, start + steps, log=log, name="run", every=loop.Every(log=50))
+            fed = parallel.feed((batches[i] for i in range(start, start + steps)), mesh)
+            run[0] = loop.fit(step, run[0], None, fed, start + steps, log=log, name="run", every=loop.Every(log=50))
 
         yield ours, by_hand, steps
 

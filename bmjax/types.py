@@ -64,7 +64,7 @@ class TrainState(NamedTuple):
         model_state: batch statistics and the like; {} for most models.
         opt_state: the optimiser's state; pruning masks live here.
         extra: {name: tree}, state of loss terms (a memory bank), an EMA teacher.
-        rng: typed PRNG key; never advanced, steps fold their number in.
+        rng: uint32 data of a PRNG key (a typed key costs each call 15 us); never advanced, steps fold their number in.
     """
 
     step: jax.Array

@@ -22,8 +22,9 @@ def simulate(devices: int) -> None:
     os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(devices))
     wanted = int(os.environ["JAX_NUM_CPU_DEVICES"])
     # XLA's CPU client blocks a thread in each collective that waits for its peers. With as many threads as devices, two
-    # independent collectives can hold all of them and never meet; more threads cost nothing.
-    os.environ.setdefault("NPROC", str(4 * wanted))
+    # independent collectives can hold all of them and never meet.
+    if wanted > 1:
+        os.environ.setdefault("NPROC", str(4 * wanted))
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -18,7 +18,7 @@ class Seen(NamedTuple):
     """What a criterion may look at.
 
     Attributes:
-        params: the weights as they will be after this update, zero where already dropped.
+        params: the weights that the gradients were taken at, zero where already dropped.
         updates: what came in: the raw gradients under `around`, the chain's updates under `sparsify`.
     """
 

@@ -96,12 +96,12 @@ def fit(
         if start >= run.steps:
             return state
         # The step is dispatched before its batch is needed again, so preparing the next one overlaps with the device's work.
-        placed = (parallel.put_batch(batches[i], bench.mesh) for i in range(start, run.steps))
+        fed = parallel.feed((batches[i] for i in range(start, run.steps)), bench.mesh)
         return loop.fit(
             make_step(problem, bench.mesh, abstract),
             state,
             frozen,
-            placed,
+            fed,
             run.steps,
             log=bench.log,
             name=name,

@@ -91,7 +91,7 @@ def _forward(
     seen = params["model"]
     for view in problem.views:
         seen = view(seen, state.opt_state["model"], step)
-    rngs = {"dropout": jax.random.fold_in(state.rng, step)}
+    rngs = {"dropout": jax.random.fold_in(jax.random.wrap_key_data(state.rng), step)}
     student, model_state = problem.model.apply(seen, state.model_state, batch, train=True, rngs=rngs, capture=student_capture)
     teacher = None
     if problem.teacher is not None:
@@ -104,8 +104,9 @@ def _evaluate_terms(problem: Problem, params: Params, state: TrainState, frozen:
     """Every term on one microbatch, not yet divided."""
     student, teacher, model_state = _forward(problem, params, state, frozen, batch, state.step)
     means, extra = {}, dict(state.extra)
+    step_key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
     for index, (name, term) in enumerate(problem.full_terms.items()):
-        key = jax.random.fold_in(jax.random.fold_in(state.rng, state.step), index)
+        key = jax.random.fold_in(step_key, index)
         ctx = Context(
             params["loss"].get(name, {}), state.extra.get(name), state.step, key, collectives.psum, collectives.all_gather
         )
@@ -211,8 +212,8 @@ def make_step(problem: Problem, mesh: Mesh, state: TrainState) -> Callable[..., 
         state: real or abstract; the new state is partitioned like it.
 
     Returns:
-        A function of: the state; the teacher's {"params", "model_state"}, or None without a teacher; a batch put on the
-        mesh by `parallel.put_batch`. Metrics are float32 scalars: "loss" and every term's global mean by name.
+        A function of: the state; the teacher's {"params", "model_state"}, or None without a teacher; a batch of host
+        arrays, or put on the mesh by `parallel.put_batch`. Metrics are float32 scalars: "loss" and every term's global mean by name.
     """
     split = mesh.shape["data"] > 1 and not parallel.is_partitioned(mesh)
     gradients = _replicated(problem, mesh) if split else _bind(problem)
@@ -223,7 +224,14 @@ def make_step(problem: Problem, mesh: Mesh, state: TrainState) -> Callable[..., 
         params, opt_state = _update(problem, state, grads)
         return TrainState(state.step + 1, params, model_state, opt_state, extra, state.rng), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings_of(state), parallel.replicated(mesh)))
+    # With its place stated, a batch may come as host arrays: the call itself moves them, and only what the step reads.
+    layout = shardings_of(state)
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(layout, None, parallel.batch_sharding(mesh)),
+        out_shardings=(layout, parallel.replicated(mesh)),
+    )
 
 
 def _bind(problem: Problem) -> Callable[..., Any]:
@@ -318,6 +326,6 @@ def _initialiser(problem: Problem, batch: Batch, frozen: Frozen) -> Callable[[ja
             "model": problem.tx.init(model_params),
             "loss": problem.loss_tx.init(loss_params) if problem.loss_tx is not None else (),
         }
-        return TrainState(jnp.int32(0), both, model_state, opt_state, extra, run_key)
+        return TrainState(jnp.int32(0), both, model_state, opt_state, extra, jax.random.key_data(run_key))
 
     return init
