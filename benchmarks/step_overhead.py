@@ -195,8 +195,8 @@ def composed(devices: int):
 
     def gradients(params, teacher, x, y):
         def loss(params):
-            logits = model.module.apply({"params": params}, x).logits
-            targets = jax.lax.stop_gradient(model.module.apply({"params": teacher}, x).logits)
+            logits = model.module.apply({"params": params}, {"inputs": x}).logits
+            targets = jax.lax.stop_gradient(model.module.apply({"params": teacher}, {"inputs": x}).logits)
             hard = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
             p, q = jax.nn.log_softmax(targets / 2.0), jax.nn.log_softmax(logits / 2.0)
             return 0.5 * hard + 0.5 * 4.0 * (jnp.exp(p) * (p - q)).sum(-1).mean()

@@ -14,7 +14,7 @@ from bmjax.types import Batch, Outputs, Params
 
 
 class Network(Protocol):
-    """What a module offers beside `__call__(inputs, ids, train, capture) -> Outputs`."""
+    """What a module offers beside `__call__(batch, train, capture) -> Outputs`."""
 
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
@@ -59,7 +59,7 @@ class LinenModel:
 
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Params]:
         """Fresh (params, model_state) for inputs shaped like the batch's."""
-        variables = dict(self.module.init({"params": key}, jnp.asarray(batch["inputs"])))
+        variables = dict(self.module.init({"params": key}, jax.tree.map(jnp.asarray, dict(batch))))
         return variables.pop("params"), variables
 
     def apply(
@@ -80,10 +80,10 @@ class LinenModel:
         for name in capture:
             if name not in self.features:
                 raise ValueError(f"there is no feature {name!r}; there are {', '.join(self.features)}")
-        outputs = self.module.apply(
-            {"params": params, **model_state}, batch["inputs"], batch.get("id"), train=train, capture=tuple(capture), rngs=rngs
-        )
-        return outputs, model_state
+        variables = {"params": params, **model_state}
+        changes = list(model_state) if train else []  # batch statistics
+        found = self.module.apply(variables, batch, train=train, capture=tuple(capture), rngs=rngs, mutable=changes or False)
+        return found if changes else (found, model_state)
 
     def resize(self, sizes: Mapping[str, int]) -> LinenModel:
         """The same architecture with other sizes.

@@ -11,7 +11,7 @@ import jax
 
 from bmjax.config import field
 from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
-from bmjax.types import Outputs
+from bmjax.types import Batch, Outputs
 
 _kernel_init = nn.initializers.he_normal()
 
@@ -42,10 +42,9 @@ class PlainMLP(nn.Module):
         return self.clone(hidden=tuple(sizes.get(f"hidden_{i}", size) for i, size in enumerate(self.hidden)))
 
     @nn.compact
-    def __call__(
-        self, inputs: jax.Array, ids: jax.Array | None = None, train: bool = False, capture: tuple[str, ...] = ()
-    ) -> Outputs:
+    def __call__(self, batch: Batch, train: bool = False, capture: tuple[str, ...] = ()) -> Outputs:
         """See `Model.apply`."""
+        inputs, ids = batch["inputs"], batch.get("id")
         x = inputs.reshape(inputs.shape[0], -1)
         features = {}
         for i, size in enumerate(self.hidden):
@@ -106,10 +105,9 @@ class ResidualMLP(nn.Module):
         return self.clone(**cast(Any, sizes))
 
     @nn.compact
-    def __call__(
-        self, inputs: jax.Array, ids: jax.Array | None = None, train: bool = False, capture: tuple[str, ...] = ()
-    ) -> Outputs:
+    def __call__(self, batch: Batch, train: bool = False, capture: tuple[str, ...] = ()) -> Outputs:
         """See `Model.apply`."""
+        inputs, ids = batch["inputs"], batch.get("id")
         x = nn.Dense(self.width, name="embed")(inputs.reshape(inputs.shape[0], -1))
         features = {"embed": x}
         stack = nn.scan(

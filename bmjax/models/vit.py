@@ -11,7 +11,7 @@ import jax
 
 from bmjax.config import field
 from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
-from bmjax.types import Outputs
+from bmjax.types import Batch, Outputs
 
 
 class _Attention(nn.Module):
@@ -91,10 +91,9 @@ class ViT(nn.Module):
         return self.clone(**cast(Any, sizes))
 
     @nn.compact
-    def __call__(
-        self, inputs: jax.Array, ids: jax.Array | None = None, train: bool = False, capture: tuple[str, ...] = ()
-    ) -> Outputs:
+    def __call__(self, batch: Batch, train: bool = False, capture: tuple[str, ...] = ()) -> Outputs:
         """See `Model.apply`."""
+        inputs, ids = batch["inputs"], batch.get("id")
         b, h, w, c = inputs.shape
         p = self.patch
         patches = inputs.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)

@@ -66,7 +66,11 @@ def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Markup:
 
 def bottom(x: Scale, y: float, write: Callable[[float], str], label: str, about: int = 4) -> Markup:
     """A horizontal axis at height y: line, ticks, figures and label."""
-    marks = [join(line(x(t), y, x(t), y + 4, "axis"), text(x(t), y + 16, write(t))) for t in ticks(x, about)]
+    marks = [
+        # The last figure ends at the axis, or it would leave the picture.
+        join(line(x(t), y, x(t), y + 4, "axis"), text(x(t), y + 16, write(t), anchor="middle" if x.end - x(t) > 12 else "end"))
+        for t in ticks(x, about)
+    ]
     return join(line(x.start, y, x.end, y, "axis"), *marks, text((x.start + x.end) / 2, y + 32, label, class_="label"))
 
 

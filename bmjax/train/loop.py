@@ -54,7 +54,7 @@ def _interrupts() -> Iterator[Callable[[], bool]]:
 
 def _loss(step: int, metrics: Mapping[str, jax.Array], checkpoints: Any) -> float:
     """The loss of a step, waiting for it. Raises ValueError if it is not a finite number."""
-    loss = float(metrics["loss"])
+    loss = float(jax.device_get(metrics["loss"]))
     if not math.isfinite(loss):
         raise _diverged(f"the loss is {loss:g} at step {step}", metrics, checkpoints)
     return loss
