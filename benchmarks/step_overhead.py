@@ -2,8 +2,8 @@
 
     python -m benchmarks.step_overhead --devices=1 --out=overhead_1.json
 
-Two comparisons. "loop": the 128-64-32 classifier, batch 256, Adam, the whole loop with data, logging and NaN watch against a
-loop of ten lines around a jitted step. "composed": a ViT step of at least 20 ms with two loss terms, a teacher and sparsify
+"loop": the 128-64-32 classifier, batch 256, Adam, the whole loop with data, logging and NaN watch against a loop of ten lines
+around a jitted step. "vit", "decoder", "resnet": a composed step of at least 20 ms with two loss terms, a teacher and sparsify
 between two mask updates against the same mathematics written out. Each figure is the median over pairs of segments, run in turn.
 """
 
@@ -26,13 +26,14 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1, help="CPU devices to simulate")
     parser.add_argument("--pairs", type=int, default=15, help="interleaved pairs of segments")
     parser.add_argument("--steps", type=int, default=1000, help="steps in a segment of the small classifier")
-    parser.add_argument("--only", choices=("loop", "composed"), help="one comparison")
+    parser.add_argument("--only", choices=("loop", "vit", "decoder", "resnet"), help="one comparison")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     arguments = parser.parse_args()
     from bmjax import parallel
 
     parallel.simulate(arguments.devices)
-    kinds = {"loop": functools.partial(classifier, arguments.steps), "composed": composed}
+    composed_steps = {name: functools.partial(composed, name) for name in ("vit", "decoder", "resnet")}
+    kinds = {"loop": functools.partial(classifier, arguments.steps), **composed_steps}
     results = {}
     for name in [arguments.only] if arguments.only else kinds:
         with kinds[name](arguments.devices) as (ours, by_hand, steps):
@@ -167,54 +168,72 @@ def classifier(steps: int, devices: int):
         yield ours, by_hand, steps
 
 
+def networks(name: str):
+    """(model, batch) of a composed step: sizes at which one takes at least 20 ms."""
+    import numpy as np
+
+    from bmjax.models import Decoder, ResNet, Transformer
+
+    rng = np.random.default_rng(0)
+    if name == "decoder":
+        model = Decoder(layers=4, width=128, heads=4, kv_heads=2, neurons=256).build((128,), 256)
+        tokens = rng.integers(0, 256, (8, 129)).astype(np.int32)
+        return model, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 128), np.float32)}
+    if name == "resnet":
+        model, n, shape = ResNet(depth=8, width=8).build((16, 16, 3), 10), 64, (16, 16, 3)
+    else:
+        model, n, shape = Transformer(layers=4, width=64, heads=4, neurons=256).build((8, 8, 1), 10), 32, (8, 8, 1)
+    inputs, targets = rng.normal(size=(n, *shape)).astype(np.float32), rng.integers(0, 10, n).astype(np.int32)
+    return model, {"inputs": inputs, "targets": targets, "weights": np.ones(n, np.float32)}
+
+
 @contextlib.contextmanager
-def composed(devices: int):
-    """A ViT with a teacher of its size, cross-entropy and kd, adamw, and masks that stand still."""
+def composed(network: str, devices: int):
+    """A network with a teacher of its size, cross-entropy and kd, adamw, and masks that stand still."""
     import jax
     import jax.numpy as jnp
     import optax
 
-    from bmjax import data, distill, losses, parallel, prune
-    from bmjax.models import Transformer
+    from bmjax import distill, losses, parallel, prune
     from bmjax.train import Problem, init_state, make_step
 
-    split, model = examples(512, (8, 8, 1)), Transformer(layers=4, width=64, heads=4, neurons=256).build((8, 8, 1), 10)
-    mesh, batches = parallel.make_mesh("data=-1"), data.train_batches(split, 32, 0)
-    adamw, steps = optax.adamw(1e-3), 10
+    (model, batch), mesh, adamw, steps = networks(network), parallel.make_mesh("data=-1"), optax.adamw(1e-3), 10
+    everywhere = lambda tree: jax.device_put(tree, parallel.replicated(mesh))
     sparse = prune.sparsify(sparsity=0.8, schedule=prune.one_shot(0))
     terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd(2.0))}
     problem = Problem(model, terms, optax.chain(adamw, sparse), teacher=model)
-    teacher, _ = jax.jit(model.init)(jax.random.key(1), batches[0])
-    teacher = jax.device_put(teacher, parallel.replicated(mesh))
-    frozen = {"params": teacher, "model_state": {}}
-    state = init_state(problem, mesh, model.rules, jax.random.key(0), batches[0], frozen=frozen)
+    teacher, model_state = everywhere(jax.jit(model.init)(jax.random.key(1), batch))
+    frozen = {"params": teacher, "model_state": model_state}
+    state = init_state(problem, mesh, model.rules, jax.random.key(0), batch, frozen=frozen)
     step = make_step(problem, mesh, state)
-    placed = parallel.put_batch(batches[0], mesh)
+    placed = parallel.put_batch(batch, mesh)
     state, _ = step(state, frozen, placed)  # the one update of the masks
     params, masks = jax.device_get((state.params["model"], prune.masks(state.opt_state["model"])))
 
-    def gradients(params, teacher, x, y):
+    def gradients(held, x, y):
+        params, model_state, frozen = held
+
         def loss(params):
-            logits = model.module.apply({"params": params}, {"inputs": x}).logits
-            targets = jax.lax.stop_gradient(model.module.apply({"params": teacher}, {"inputs": x}).logits)
-            hard = optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
-            p, q = jax.nn.log_softmax(targets / 2.0), jax.nn.log_softmax(logits / 2.0)
-            return 0.5 * hard + 0.5 * 4.0 * (jnp.exp(p) * (p - q)).sum(-1).mean()
+            student, new = model.apply(params, model_state, {"inputs": x}, train=True)
+            teacher = jax.lax.stop_gradient(model.apply(frozen["params"], frozen["model_state"], {"inputs": x})[0].logits)
+            hard = optax.softmax_cross_entropy_with_integer_labels(student.logits, y).mean()
+            p, q = jax.nn.log_softmax(teacher / 2.0), jax.nn.log_softmax(student.logits / 2.0)
+            return 0.5 * hard + 0.5 * 4.0 * (jnp.exp(p) * (p - q)).sum(-1).mean(), new
 
-        return jax.value_and_grad(loss)(params)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
-    spread_gradients, place = spread(lambda both, x, y: gradients(both[0], both[1], x, y), devices)
+    spread_gradients, place = spread(gradients, devices)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def by_hand_step(params, opt, masks, teacher, x, y):
-        loss, grads = spread_gradients((params, teacher), x, y)
+    @functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+    def by_hand_step(params, model_state, opt, masks, frozen, x, y):
+        (loss, model_state), grads = spread_gradients((params, model_state, frozen), x, y)
         updates, opt = adamw.update(grads, opt, params)
         params = jax.tree.map(lambda p, m: jnp.where(m, p, 0), optax.apply_updates(params, updates), masks)
-        return params, opt, loss
+        return params, model_state, opt, loss
 
-    masks = jax.device_put(masks, parallel.replicated(mesh))
-    held = [jax.device_put(params, parallel.replicated(mesh)), jax.device_put(adamw.init(params), parallel.replicated(mesh))]
-    x, y = place((batches[0]["inputs"], batches[0]["targets"]))
+    masks = everywhere(masks)
+    held = [everywhere(params), everywhere(jax.device_get(model_state)), everywhere(adamw.init(params))]
+    x, y = place((batch["inputs"], batch["targets"]))
     run = [state]
 
     def ours() -> None:
@@ -224,7 +243,7 @@ def composed(devices: int):
 
     def by_hand() -> None:
         for _ in range(steps):
-            held[0], held[1], loss = by_hand_step(held[0], held[1], masks, teacher, x, y)
+            *held[:], loss = by_hand_step(*held, masks, frozen, x, y)
             float(loss)
 
     yield ours, by_hand, steps
