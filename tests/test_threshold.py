@@ -87,6 +87,15 @@ def test_several_arrays_each_and_across():
     np.testing.assert_array_equal(flat, reference(xs, 31))
 
 
+def test_a_clean_cut_among_equals_beside_a_tied_one():
+    up = np.ones(24, np.float32)
+    up[::2] = 0.5
+    ones = np.ones(12, np.float32)  # ties are broken here, while the other array's cut lies between its two values
+    masks = jax.jit(lambda xs, ks: largest(xs, ks))([up, ones], np.array([12, 6]))
+    np.testing.assert_array_equal(masks[0], reference([up], 12))
+    np.testing.assert_array_equal(masks[1], reference([ones], 6))
+
+
 def test_kth_largest_equals_a_sort():
     rng = np.random.default_rng(3)
     kth = jax.jit(kth_largest)

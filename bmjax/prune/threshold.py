@@ -212,7 +212,7 @@ def largest(scores: Sequence[jax.Array], keep: Any, across: bool = False) -> lis
         top = (jnp.max(tied, keepdims=True) if across else tied) + 2
         wanted, equal = jnp.where(at_cut == k, 0, k - above_cut), jnp.where(at_cut == k, 0, at_cut - above_cut)
         first, _, _ = _search(_counter(equals, across), wanted, jnp.ones_like(top), top, equal, jnp.zeros_like(equal))
-        return first
+        return jnp.where(at_cut == k, jnp.ones_like(first), first)  # a clean cut beside a tied one keeps all its equals
 
     # Which of the equal scores stay: those of priority `first` and up; all of them where the cut was clean.
     first = lax.cond(jnp.all(at_cut == k), lambda: jnp.ones_like(cut), part_equals)
