@@ -116,6 +116,7 @@ def classifier(steps: int, devices: int):
     from bmjax.models import Plain
     from bmjax.train import Problem, init_state, loop, make_step
     from bmjax.train.log import Log
+    from bmjax.train.throughput import Meter
 
     split, model, mesh = examples(4096, (64,)), Plain().build((64,), 10), parallel.make_mesh("data=-1")
     tx, batches = optax.adam(1e-3), data.train_batches(split, 256, 0)
@@ -163,7 +164,9 @@ def classifier(steps: int, devices: int):
         def ours() -> None:
             start = int(run[0].step)
             fed = parallel.feed((batches[i] for i in range(start, start + steps)), mesh)
-            run[0] = loop.fit(step, run[0], None, fed, start + steps, log=log, name="run", every=loop.Every(log=50))
+            meter = Meter.of(problem, run[0], None, batches[0], mesh.devices.flat, None)
+            every = loop.Every(log=50)
+            run[0] = loop.fit(step, run[0], None, fed, start + steps, log=log, name="run", every=every, meter=meter)
 
         yield ours, by_hand, steps
 

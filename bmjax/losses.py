@@ -35,6 +35,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
 def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> LossTerm:
     """The task loss: cross-entropy of the student's logits against the targets.
 
+    Where the batch was mixed (mixup, CutMix), an example counts with its weight times "mix" for "targets" and with the rest of it
+    for "targets_b": the cross-entropy against the soft target.
+
     Args:
         label_smoothing: as in `cross_entropy`.
         class_weights: one per class; the mean is then over weight * class weight of the target, as in scikit-learn.
@@ -51,12 +54,18 @@ def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[flo
         raise ValueError("class_weights are all 0, so nothing would be trained; give some class a weight above 0")
 
     def term(student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
-        targets, weights = batch["targets"], batch["weights"]
-        if class_weights is not None:
-            if len(class_weights) != student.logits.shape[-1]:
-                raise ValueError(f"{len(class_weights)} class_weights for {student.logits.shape[-1]} classes; give one per class")
-            weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
-        return Mean.of(cross_entropy(student.logits, targets, label_smoothing), weights)
+        def mean(targets: jax.Array, weights: jax.Array) -> Mean:
+            if class_weights is not None:
+                weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
+            return Mean.of(cross_entropy(student.logits, targets, label_smoothing), weights)
+
+        if class_weights is not None and len(class_weights) != student.logits.shape[-1]:
+            raise ValueError(f"{len(class_weights)} class_weights for {student.logits.shape[-1]} classes; give one per class")
+        if "mix" not in batch:
+            return mean(batch["targets"], batch["weights"])
+        one = mean(batch["targets"], batch["weights"] * batch["mix"])
+        other = mean(batch["targets_b"], batch["weights"] * (1 - batch["mix"]))
+        return Mean(one.total + other.total, one.count + other.count)
 
     return term
 

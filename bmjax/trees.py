@@ -25,6 +25,18 @@ def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda key_path, *leaves: fn(path_str(key_path), *leaves), tree, *rest)
 
 
+def nested(leaves: dict[str, Any]) -> dict[str, Any]:
+    """The nested dict of {path: leaf}: the inverse of `paths` for dicts of dicts."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
 def replace(tree: Any, leaves: dict[str, Any]) -> Any:
     """The tree with the leaves at the given paths replaced.
 

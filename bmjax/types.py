@@ -63,7 +63,7 @@ class TrainState(NamedTuple):
         params: {"model": tree, "loss": {term name: tree}}.
         model_state: batch statistics and the like; {} for most models.
         opt_state: the optimiser's state; pruning masks live here.
-        extra: {name: tree}, state of loss terms (a memory bank), an EMA teacher.
+        extra: {term name: its state} (a memory bank), and "ema": the moving average of the model's parameters.
         rng: uint32 data of a PRNG key (a typed key costs each call 15 us); never advanced, steps fold their number in.
     """
 
@@ -114,7 +114,8 @@ class Context(NamedTuple):
         step: int32 scalar.
         key: PRNG key of this step and term.
         psum: sum over all shards of the batch; the identity where the compiler does it.
-        all_gather: concatenates all shards of the batch along axis 0; the identity where the compiler does it.
+        all_gather: concatenates all shards of the batch along axis 0; the identity where the compiler does it. The result is
+            the same on every device, as a term's new state must be.
     """
 
     params: Params
@@ -132,7 +133,7 @@ class Term(NamedTuple):
         init: (key, student Outputs, teacher Outputs or None) -> (params, state); it sees abstract shapes.
         apply: (ctx, student, teacher, batch) -> Mean or (Mean, new state).
         student_features, teacher_features: names that the forward passes must capture for it.
-        relates_examples: True if an item's value depends on the other examples; refused under gradient accumulation.
+        relates_examples: True if an item's value depends on the other examples; then microbatches are refused unless meant.
     """
 
     init: Callable[..., tuple[Params, Any]]
@@ -146,8 +147,69 @@ View: TypeAlias = Callable[[Params, Any, jax.Array], Params]  # (params, opt_sta
 LossTerm: TypeAlias = Term | Callable[..., Mean]
 
 
+class Memory(NamedTuple):
+    """What a forward pass reads and renews; microbatches hand it on.
+
+    Attributes:
+        model_state: batch statistics and the like.
+        terms: {term name: its state}, of the terms that have one.
+    """
+
+    model_state: Params
+    terms: dict[str, Any]
+
+
+class Aux(NamedTuple):
+    """What a forward pass leaves beside its loss.
+
+    Attributes:
+        means: {term name: Mean} over the examples that it saw.
+        memory: renewed.
+    """
+
+    means: dict[str, Mean]
+    memory: Memory
+
+
+LossFn: TypeAlias = Callable[[Params, Batch, Memory], tuple[Mean, Aux]]
+
+
+class GradientContext(NamedTuple):
+    """What a gradient may use beside the loss.
+
+    Attributes:
+        step: int32 scalar.
+        key: PRNG key of this step, the same on every device.
+        microbatches: in how many parts the batch is to be worked off.
+        memory: for the first call of the loss function; each call returns it renewed.
+        psum, all_gather: as in `Context`.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    microbatches: int
+    memory: Memory
+    psum: Callable[[Any], Any]
+    all_gather: Callable[[Any], Any]
+
+
+class Gradient(NamedTuple):
+    """How the gradient is taken and aggregated. A plain function is accepted wherever a Gradient is.
+
+    Attributes:
+        apply: (loss_fn, params, batch, ctx) -> (grads, aux). `loss_fn(params, batch, memory)` is the whole objective over a part
+            of the batch as a `Mean`: the gradient of the step is that of the sum of totals over the sum of counts, over all
+            microbatches and devices. `batch` holds this device's rows. The grads are float32 and the same on every device, and
+            so is `aux.means`, summed; `aux.memory` is the last.
+        per_example: True if it looks at examples one by one: refused with terms that relate them, and with batch statistics.
+    """
+
+    apply: Callable[[LossFn, Params, Batch, GradientContext], tuple[Params, Aux]]
+    per_example: bool = False
+
+
 class Member(NamedTuple):
-    """One axis of one parameter in a group.
+    """One axis of one parameter, or of one array of the model's state, in a group.
 
     Attributes:
         path: parameter path, as in `trees.paths`.
@@ -171,6 +233,7 @@ class Group(NamedTuple):
         members: what to cut.
         note: "" if masking and removing give the same outputs; else one line that says why they differ
             ("LayerNorm statistics change").
+        state: what to cut of the model's state (batch statistics belong to channels). A mask leaves it as it is.
     """
 
     name: str
@@ -178,3 +241,4 @@ class Group(NamedTuple):
     stack: int
     members: tuple[Member, ...]
     note: str = ""
+    state: tuple[Member, ...] = ()

@@ -1,4 +1,9 @@
-"""Trains one model, dense or pruned, alone or with a teacher, over many devices, and exports it."""
+"""Trains one model, dense or pruned, alone or with a teacher, over many devices, and exports it.
+
+Classes and tokens alike: --config.data.source chooses the data, --config.model=<kind> the architecture. A teacher is turned on by
+any flag below it: --config.teacher.pretrained=<export or workdir>. A config file of your own (--config=my_experiment.py) may hold
+functions: loss terms, transforms of the optimiser, param views, the model, the data.
+"""
 
 import pathlib
 import subprocess
@@ -27,18 +32,37 @@ def main(settings: Config, workdir: pathlib.Path, command: str) -> None:
 def table(results: dict[str, Any]) -> rich.table.Table:
     """The test metrics of each model."""
     shown = rich.table.Table("test split", *(model["name"] for model in results["models"]))
-    figures = {
-        "accuracy": lambda model: f"{model['metrics']['accuracy']:.2%}",
-        "recall (macro)": lambda model: f"{model['metrics']['recall']['macro']:.2%}",
-        "F1 (macro)": lambda model: f"{model['metrics']['f1']['macro']:.2%}",
-        "NLL, nats": lambda model: f"{model['metrics']['nll']:.4f}",
-        "parameters": lambda model: f"{model['parameters']:,}",
-        "zero kernel weights": lambda model: f"{model['sparsity']:.1%}",
-        "training steps": lambda model: f"{model['train_steps']:,}",
-    }
-    for name, write in figures.items():
+    for name, write in {**figures(results["kind"]), **COSTS}.items():
         shown.add_row(name, *map(write, results["models"]))
     return shown
+
+
+def figures(kind: str) -> dict[str, Any]:
+    """{row: how a model's result is written there} of data of classes or tokens."""
+    return TOKENS if kind == "tokens" else CLASSES
+
+
+CLASSES = {
+    "accuracy": lambda model: f"{model['metrics']['accuracy']:.2%}",
+    "recall (macro)": lambda model: f"{model['metrics']['recall']['macro']:.2%}",
+    "F1 (macro)": lambda model: f"{model['metrics']['f1']['macro']:.2%}",
+    "NLL, nats": lambda model: f"{model['metrics']['nll']:.4f}",
+}
+TOKENS = {
+    "bits per token": lambda model: f"{model['metrics']['bits_per_token']:.4f}",
+    "bits per byte": lambda model: _or_dash(model["metrics"]["bits_per_byte"]),
+    "perplexity": lambda model: f"{model['metrics']['perplexity']:.4g}",
+    "next token right": lambda model: f"{model['metrics']['accuracy']:.2%}",
+}
+COSTS = {
+    "parameters": lambda model: f"{model['parameters']:,}",
+    "zero kernel weights": lambda model: f"{model['sparsity']:.1%}",
+    "training steps": lambda model: f"{model['train_steps']:,}",
+}
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def predict(workdir: pathlib.Path) -> None:

@@ -5,9 +5,10 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bmjax import config as configs
-from bmjax.config import commandline, kinds, leaves
+from bmjax.config import kinds, leaves
 from bmjax.train import loop
 from bmjax.train import run as runs
 from experiments import compress, predict, train
@@ -84,7 +85,18 @@ def trained(blobs):
         ),
         ("train", ["--config.learning_rate=1"], "the nearest is config.run.optimizer.learning_rate"),
         ("compress", ["--workdri=x"], "there is no flag --workdri; the nearest is --workdir"),
-        ("compress", ["--config.model=3"], "config.model is a group of fields; set one of them: --config.model.layers,"),
+        (
+            "compress",
+            ["--config.model=3"],
+            "--config.model=3: expected one of Decoder, Encoder, Plain, Residual",
+        ),
+        ("compress", ["--config.big=3"], "config.big is a group of fields; set one of them: --config.big.steps,"),
+        ("train", ["--config.teacher.distill.share=0.5"], "config.teacher: a teacher needs pretrained=<export or workdir>"),
+        (
+            "train",
+            ["--config.teacher=none", "--config.teacher.pretrained=x"],
+            "the config has no field config.teacher.pretrained",
+        ),
         ("train", ["--config=artcle"], "there is no preset 'artcle'; the nearest is 'article' of article, article_student"),
         ("train", ["--config=none.py"], "there is no config file none.py"),
         ("compress", ["runs/digits"], "stray argument 'runs/digits'; every option is a flag"),
@@ -232,11 +244,22 @@ def test_after_a_mistake_the_right_command_takes_the_same_workdir(refused, tmp_p
     assert (tmp_path / "workdir" / "config.json").exists()
 
 
+def given(preset, folder):
+    """What a preset leaves to the command line."""
+    if preset != "cifar_resnet":
+        return []
+    for name in "ab":
+        (folder / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(folder / "images" / name / f"{i}.png")
+    return [f"--config.data.source=images:{folder / 'images'}", "--config.data.batch=8", "--config.data.limit=0"]
+
+
 @pytest.mark.parametrize(("program", "preset"), PRESETS)
 @pytest.mark.usefixtures("_nothing_runs")
 def test_every_preset_reaches_its_training(program, preset, tmp_path):
     with pytest.raises(Started):
-        launch(program, f"--config={preset}", f"--workdir={tmp_path}")
+        launch(program, f"--config={preset}", *given(preset, tmp_path), f"--workdir={tmp_path}")
     assert (tmp_path / "config.json").exists()
 
 
@@ -245,7 +268,7 @@ def test_help_prints_every_field(program, preset, capsys):
     launch(program, f"--config={preset}", "--help")
     printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --config.")}
     module, _ = PROGRAMS[program]
-    config = commandline._load(preset, module.PRESETS)
+    config = configs.load(preset, module.PRESETS)
     fields = list(leaves(config))
     assert set(printed) == {f"--{leaf.path}" for leaf in fields}
     for leaf in fields:

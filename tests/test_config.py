@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,28 @@ class Optimizer:
 @dataclasses.dataclass
 class Term:
     weight: float = cfg.field(1.0, "weight in the sum", check=cfg.at_least(0))
+
+
+@dataclasses.dataclass
+class Small:
+    width: int = cfg.field(4, "units", check=cfg.above(0))
+
+
+@dataclasses.dataclass
+class Deep:
+    width: int = cfg.field(8, "units")
+    inner: Any = cfg.field(Small(), "what is inside", kinds={"Small": Small, "none": lambda: None})
+
+
+KINDS = {"none": lambda: None, "Deep": Deep, "Small": Small}
+
+
+@dataclasses.dataclass
+class Chosen:
+    model: Any = cfg.field(Small(), "the model", kinds={"Small": Small, "Deep": Deep})
+    teacher: Deep | Small | None = cfg.field(None, "the teacher", kinds=KINDS)
+    seed: int = cfg.field(0, "a number")
+    code: dict[str, str] = cfg.recorded("hashes")
 
 
 @dataclasses.dataclass
@@ -318,3 +341,143 @@ def test_only_our_own_value_errors_lose_their_traceback(command):
 def test_ctrl_c_ends_quietly(command):
     done = command(body="raise KeyboardInterrupt")
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+CHOSEN = """import sys
+sys.path.insert(0, {tests!r})
+from test_config import Chosen
+
+
+def get_config():
+    return Chosen()
+"""
+
+
+@pytest.fixture
+def chosen(tmp_path):
+    """The config that a line of flags makes."""
+    (tmp_path / "chosen.py").write_text(CHOSEN.format(tests=str(pathlib.Path(__file__).parent)))
+    return lambda *arguments: cfg.to_dict(cfg.from_arguments([*arguments], tmp_path, "chosen"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "teacher"),
+    [
+        ([], {"class": "Small", "width": 4}, None),
+        (["--config.model.width=5"], {"class": "Small", "width": 5}, None),
+        (["--config.model.width=5", "--config.model=Deep"], ["Deep", 5, "Small"], None),
+        (["--config.model=Deep", "--config.model.inner=none"], ["Deep", 8, None], None),
+        (["--config.teacher.width=3"], {"class": "Small", "width": 4}, ["Deep", 3, "Small"]),
+        (["--config.teacher.inner.width", "2"], {"class": "Small", "width": 4}, ["Deep", 8, "Small"]),
+        (["--config.teacher", "Small"], {"class": "Small", "width": 4}, {"class": "Small", "width": 4}),
+    ],
+)
+def test_a_group_takes_the_kind_that_is_named_or_its_first(chosen, arguments, model, teacher):
+    found = chosen(*arguments)
+    for expected, value in ((model, found["model"]), (teacher, found["teacher"])):
+        if isinstance(expected, list):
+            inner = value["inner"] and value["inner"]["class"]
+            assert [value["class"], value["width"], inner] == expected
+        else:
+            assert value == expected
+    if "--config.teacher.inner.width" in arguments:
+        assert found["teacher"]["inner"]["width"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.model=Deeper"], "--config.model=Deeper: expected one of Small, Deep"),
+        (["--config.model.inner.width=2"], "the config has no field config.model.inner.width; the nearest is config.model.width"),
+        (["--config.teacher=none", "--config.teacher.width=2"], "the config has no field config.teacher.width"),
+        (["--config.code=x"], "the config has no field config.code"),
+    ],
+)
+def test_a_kind_or_a_field_that_is_not_there_is_named(chosen, arguments, message):
+    with pytest.raises(ValueError, match="config") as error:
+        chosen(*arguments)
+    assert message in str(error.value)
+
+
+def test_groups_are_described_with_their_kinds():
+    lines = cfg.describe(Chosen()).splitlines()
+    assert [line.split()[0] for line in lines] == ["config.model.width", "config.teacher", "config.seed"]
+    from bmjax.config.record import describe_groups
+
+    lines = describe_groups(Chosen(teacher=Deep())).splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["config.model", "Small"],
+        ["config.teacher", "Deep"],
+        ["config.teacher.inner", "Small"],
+    ]
+    assert lines[0].endswith("the model (one of Small, Deep)")
+
+
+@pytest.mark.parametrize(
+    "config", [Chosen(), Chosen(Deep(3, None), Small(2), 5), Run(widths=(1, 2), note="x", sparsity={"a": 1.0})]
+)
+def test_a_record_becomes_the_config_again(config):
+    classes = {kind.__name__: kind for kind in (Chosen, Deep, Small, Run, Optimizer, Term)}
+    plain = json.loads(json.dumps(cfg.to_dict(config)))
+    again = cfg.from_dict(plain, classes)
+    assert again == config
+    assert type(again) is type(config)
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [
+        ({"class": "Other"}, "there is no config class 'Other' here; there are Small"),
+        ({"class": "Small", "depth": 1}, "Small has no field 'depth'; it was written by another version"),
+        ({"class": "Small", "width": 0}, "Small.width is 0; expected an int above 0"),
+    ],
+)
+def test_a_record_that_does_not_fit_is_refused(plain, message):
+    with pytest.raises(ValueError, match=message):
+        cfg.from_dict(plain, {"Small": Small})
+
+
+def test_the_record_holds_code_and_data_and_both_are_compared(tmp_path):
+    config = Chosen(code={"a.py": "1", "b.py": "2"})
+    cfg.write_resolved(config, tmp_path, "d1" * 32)
+    cfg.check_workdir(config, tmp_path, "d1" * 32)
+    cfg.check_workdir(config, tmp_path)  # a job that knows no data
+    with pytest.raises(
+        ValueError, match=r"holds a run on other data: the fingerprint is d1d1d1d1d1d1 there, e2e2e2e2e2e2 here; restore"
+    ):
+        cfg.check_workdir(config, tmp_path, "e2" * 32)
+    with pytest.raises(ValueError, match=r"another version of b\.py, which was edited since"):
+        cfg.check_workdir(Chosen(code={"a.py": "1", "b.py": "3"}), tmp_path, "d1" * 32)
+    assert cfg.fingerprint(config) != cfg.fingerprint(Chosen(code={"a.py": "1"}))
+
+
+SETTINGS = """
+import sys, json
+sys.path.insert(0, {tests!r})
+from test_config import Chosen, Deep
+from bmjax import config
+
+config.launch_settings(
+    lambda found, rest, command: print(json.dumps([config.to_dict(found), rest])),
+    settings=lambda name: Chosen(model=Deep(width=len(name) or 1)),
+    by="seed",
+    forwards="config",
+    about="Tries settings.",
+)
+"""
+
+
+def test_settings_are_flags_by_their_own_names(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SETTINGS.format(tests=str(pathlib.Path(__file__).parent)))
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, program, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+    found, rest = json.loads(run("--seed=123", "--config=x", "--noconfig.a", "--teacher.width=9", "--config.b=2").stdout)
+    assert rest == ["--config=x", "--noconfig.a", "--config.b=2"]
+    assert (found["seed"], found["model"]["width"], found["teacher"]["width"]) == (123, 3, 9)
+    assert "--model.width" in run("--help").stdout
+    assert run("--sed=1").stderr == "error: there is no flag --sed; the nearest is --seed\n"
+    assert run("x").stderr.startswith("error: stray argument 'x'")
+    assert run("--model.width=no").stderr == "error: --model.width=no: expected an int\n"

@@ -1,4 +1,6 @@
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -74,8 +76,14 @@ def test_images_are_normalised_by_channel(tmp_path):
     inputs = np.random.default_rng(0).integers(0, 256, (50, 4, 4, 3)).astype(np.uint8)
     dataset = data.load(save(tmp_path / "a.npz", inputs=inputs, targets=np.arange(50) % 2))
     assert dataset.offset.shape == (3,)
-    np.testing.assert_allclose(dataset.train.inputs.mean((0, 1, 2)), 0, atol=1e-6)
     assert (len(dataset.train), len(dataset.valid), len(dataset.test)) == (25, 5, 20)
+    assert dataset.train.inputs.dtype == np.uint8  # bytes stay bytes until they are in a batch
+    found = dataset.train.take(slice(None))["inputs"]
+    wide = inputs[dataset.train.id].astype(np.float64)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, (wide - wide.mean((0, 1, 2))) / wide.std((0, 1, 2)), atol=1e-5)
+    np.testing.assert_array_equal(dataset.normalise(inputs[dataset.test.id]), dataset.test.take(slice(None))["inputs"])
+    np.testing.assert_array_equal(dataset.raw(dataset.test), inputs[dataset.test.id].astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,13 @@ def test_bad_arrays_get_one_line(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as raised:
         data.load(save(tmp_path / "a.npz", **{key: value for key, value in arrays.items() if value is not None}))
     assert "\n" not in str(raised.value)
+
+
+def test_rows_are_checked_before_a_limit_takes_some(tmp_path):
+    rows = {"train": np.arange(5), "valid": np.arange(5, 7), "test": np.arange(7, 11)}
+    source = save(tmp_path / "a.npz", inputs=np.ones((10, 3)), targets=np.arange(10) % 2, **rows)
+    with pytest.raises(ValueError, match="not all integers from 0 to 9"):
+        data.load(data.Data(source=source, limit=5))
 
 
 def test_bad_sources_get_one_line(tmp_path):
@@ -233,3 +248,109 @@ def test_only_a_fraction_of_the_images_is_shifted():
     same = (moved == data.train_batches(split, 512, 0)[0]["inputs"]).all((1, 2, 3))
     # A shifted image has moved with chance 8/9, so about 5/9 stay.
     assert abs(same.mean() - 5 / 9) < 0.08
+
+
+def test_fractions_and_a_limit_cut_every_split_in_proportion(tmp_path):
+    targets = np.arange(200) % 4
+    source = save(tmp_path / "a.npz", inputs=np.arange(400.0).reshape(200, 2), targets=targets)
+    whole = data.load(data.Data(source=source, test=0.2, valid=0.1))
+    assert [len(split) for split in (whole.train, whole.valid, whole.test)] == [140, 20, 40]
+    few = data.load(data.Data(source=source, test=0.2, valid=0.1, limit=40))
+    assert [len(split) for split in (few.train, few.valid, few.test)] == [28, 4, 8]
+    for part, all_of_it in ((few.train, whole.train), (few.valid, whole.valid), (few.test, whole.test)):
+        assert set(part.id) <= set(all_of_it.id)
+        np.testing.assert_array_equal(np.bincount(part.targets), len(part) // 4)
+        np.testing.assert_array_equal(part.targets, targets[part.id])
+    assert few.fingerprint != whole.fingerprint
+    assert len(data.load(data.Data(source="digits", limit=100)).train) == 50
+
+
+def test_a_function_is_a_source():
+    made = data.load("digits")
+    assert data.load(lambda: made) is made
+    with pytest.raises(ValueError, match=r"source function returned dict; expected a bmjax.data.Dataset"):
+        data.load(lambda: {})
+
+    def broken():
+        return {}["gone"]
+
+    with pytest.raises(KeyError, match="gone") as raised:
+        data.load(broken)
+    assert raised.traceback[-1].name == "broken"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 5}, "data.length is 5, but the data source digits has no use for it; leave it at 256"),
+        ({"source": lambda: None, "limit": 5}, "data.limit is 5, but the data source a function has no use for it"),
+        ({"test": 0.6, "valid": 0.4}, "together they must be below 1"),
+        ({"test": 0.0}, "data.test is 0.0; expected .* above 0 and below 1"),
+        ({"on_error": "ignore"}, "data.on_error is 'ignore'; expected one of raise, skip"),
+    ],
+)
+def test_settings_that_do_not_fit_get_one_line(settings, message):
+    with pytest.raises(ValueError, match=message):
+        data.load(data.Data(**settings))
+
+
+def test_extra_arrays_are_in_every_batch():
+    split = images(10)
+    split = data.Split(
+        split.inputs, split.targets, split.id, {"weights": np.arange(10) / 8, "slice": np.arange(10, dtype=np.int64)}
+    )
+    batch = data.train_batches(split, 4, seed=0)[7]
+    np.testing.assert_array_equal(batch["weights"], (batch["id"] - 100) / 8)
+    np.testing.assert_array_equal(batch["slice"], batch["id"] - 100)
+    assert (batch["weights"].dtype, batch["slice"].dtype) == (np.float32, np.int32)
+    last = data.eval_batches(split, 6)[1]
+    np.testing.assert_array_equal(last["weights"], [6 / 8, 7 / 8, 1, 9 / 8, 0, 0])
+    np.testing.assert_array_equal(last["slice"][:4], [6, 7, 8, 9])
+
+
+class Numbers:
+    """Batches that say which threads made them, and fail at step 7 if they are told to."""
+
+    def __init__(self, fails=False):
+        self.fails, self.threads, self.made = fails, set(), []
+
+    def __getitem__(self, step):
+        time.sleep(0.002 * (step % 3))  # later ones are often ready first
+        self.threads.add(threading.current_thread())
+        self.made.append(step)
+        if self.fails and step == 7:
+            raise OSError("step 7 is broken")
+        return step
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_a_stream_is_in_order_and_leaves_no_threads(threads):
+    batches = Numbers()
+    assert list(data.stream(batches, 4, 30, threads)) == list(range(4, 30))
+    assert not any(thread.is_alive() for thread in batches.threads - {threading.current_thread()})
+    assert (threading.current_thread() in batches.threads) == (threads == 0)
+    assert list(data.stream(batches, 5, 5, threads)) == []
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_exception_comes_where_its_batch_would_have(threads):
+    stream = data.stream(Numbers(fails=True), 0, 20, threads)
+    assert [next(stream) for _ in range(7)] == list(range(7))
+    with pytest.raises(OSError, match="step 7 is broken"):
+        next(stream)
+
+
+def test_a_stream_that_is_closed_early_stops_its_threads():
+    batches = Numbers()
+    stream = data.stream(batches, 0, 1000, 2)
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    stream.close()
+    assert len(batches.threads) == 2
+    assert not any(thread.is_alive() for thread in batches.threads)
+    assert len(batches.made) <= 3 + 2 * 2 + 1
+
+
+def test_a_stream_of_real_batches_is_the_plain_loop():
+    batches = data.train_batches(images(10), 4, 0, data.Augment(noise=0.1))
+    for found, step in zip(data.stream(batches, 2, 9, 2), range(2, 9), strict=True):
+        np.testing.assert_array_equal(found["inputs"], batches[step]["inputs"])

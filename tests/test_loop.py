@@ -12,11 +12,15 @@ import numpy as np
 import pytest
 
 from bmjax.train import loop
+from bmjax.train.profile import Profile
+from bmjax.train.throughput import Meter
 from bmjax.types import TrainState
 
 
 class Scalar:
     """A metric that writes down when the host fetches it."""
+
+    ready = False
 
     def __init__(self, value, events, name):
         self.value, self.events, self.name = value, events, name
@@ -24,6 +28,9 @@ class Scalar:
     def __array__(self, dtype=None, copy=None):
         self.events.append(("fetch", self.name))
         return np.asarray(self.value, np.float32)
+
+    def is_ready(self):
+        return self.ready
 
 
 class Log:
@@ -64,10 +71,10 @@ def fresh(step=0):
 class Fit:
     """One call of `loop.fit`; `losses` and `params` are by update, counted from 1."""
 
-    def __init__(self, steps, start=0, losses=None, params=None, during=None, every=None, evaluate=None, save=True):
+    def __init__(self, steps, start=0, losses=None, params=None, during=None, every=None, evaluate=None, save=True, **more):
         self.events, self.log, self.checkpoints = [], Log(), Checkpoints() if save else None
         self.losses, self.params, self.during = losses or {}, params or {}, during or {}
-        self.call = lambda: loop.fit(
+        self.call = lambda **late: loop.fit(
             self.step,
             fresh(start),
             "frozen",
@@ -78,6 +85,8 @@ class Fit:
             every=every or loop.Every(log=0, evaluate=0, save=0),
             evaluate=evaluate,
             checkpoints=self.checkpoints,
+            **more,
+            **late,
         )
 
     def step(self, state, frozen, batch):
@@ -225,3 +234,85 @@ def test_it_runs_in_a_thread_where_no_signals_are():
     thread.start()
     thread.join()
     assert int(found[0].step) == 3
+
+
+class Ticking(Meter):
+    """A meter on a clock that a batch moves by 1 and a step by 3 seconds; it writes down what it is shown."""
+
+    def __init__(self, fit):
+        self.now, self.fit = 0.0, fit
+        super().__init__(16, clock=lambda: self.now)
+
+    def next(self, batches):
+        return super().next(self.wait(batches))
+
+    def wait(self, batches):
+        self.now += 1
+        yield next(batches)
+
+    def probe(self, state):
+        self.fit.events.append(("probe", int(jax.device_get(state.step))))
+        return {"sparsity/w": np.float32(state.step) / 10}
+
+    def tick(self):
+        self.now += 3
+
+
+def measured(**given):
+    fit = Fit(during=dict.fromkeys(range(1, 100), lambda: fit.meter.tick()), **given)
+    fit.meter = Ticking(fit)
+    call = fit.call
+    fit.call = lambda: call(meter=fit.meter)
+    return fit
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_lines_tell_the_speed_and_what_the_state_was(inside, monkeypatch):
+    """The step of a line is read while the next one runs, so its state is looked at before that one takes it.
+
+    A step takes its 3 seconds inside the call, as on a CPU, or not before it is waited for.
+    """
+    monkeypatch.setattr(Scalar, "ready", inside)
+    fit = measured(steps=5, every=loop.Every(log=2, evaluate=0, save=0))
+    fit.call()
+    speed = {"steps_per_s": 1 / 4, "examples_per_s": 4.0, "data_wait": 1 / 4}
+    rows = {step: values for step, _, values in fit.log.rows}
+    assert list(rows) == [2, 4, 5]
+    for step, values in rows.items():
+        said = {"loss": 1 / step, "ce": 1 / step, "kd": 0.5, "sparsity/w": step / 10}
+        # On this clock the fifth step is done when the fourth is looked at: no step, no speed.
+        assert values == pytest.approx(said | (speed if step < 5 else {}))
+    assert [event for event in fit.events if event[0] == "probe"] == [("probe", 0), ("probe", 2), ("probe", 4), ("probe", 5)]
+    assert fit.events.index(("probe", 2)) < fit.events.index(("dispatch", 3)) < fit.events.index(("fetch", 2))
+
+
+def test_speed_leaves_evaluation_out():
+    fit = measured(steps=6, every=loop.Every(log=1, evaluate=1, save=0), evaluate=lambda state: fit.slow())
+    fit.slow = lambda: setattr(fit.meter, "now", fit.meter.now + 1000) or {"accuracy": 0.5}
+    fit.call()
+    lines = [values for _, _, values in fit.log.rows if "loss" in values]
+    assert "steps_per_s" not in lines[0]
+    assert [values["steps_per_s"] for values in lines[1:]] == [0.25] * 5
+
+
+def traces(folder):
+    return list(folder.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_profile_ends_on_ctrl_c(tmp_path):
+    fit = Fit(steps=20, during={4: interrupt}, profile=Profile("2:15", tmp_path))
+    with pytest.raises(loop.Stop):
+        fit.call()
+    assert (len(traces(tmp_path)), fit.checkpoints.saved) == (1, [4])
+    with jax.profiler.trace(tmp_path / "again"):  # none is left running
+        pass
+
+
+def test_a_profile_ends_where_it_is_told_and_where_a_run_breaks(tmp_path):
+    seen = []
+    fit = Fit(steps=6, during={5: lambda: seen.append(len(traces(tmp_path)))}, profile=Profile("2:4", tmp_path))
+    fit.call()
+    assert seen == [1]
+    with pytest.raises(ValueError, match="the loss is nan at step 3"):
+        Fit(steps=20, losses={3: np.nan}, profile=Profile("1:15", tmp_path / "broken")).call()
+    assert len(traces(tmp_path / "broken")) == 1

@@ -148,3 +148,20 @@ def test_a_weight_for_each_example_holds_for_all_its_positions():
 def test_a_count_has_no_gradient():
     slope = jax.grad(lambda w: Mean.of(jnp.arange(3.0), w).value())(jnp.ones(3))
     np.testing.assert_array_equal(slope, [0, 0, 0])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
+def test_two_targets_an_example_are_one_soft_target(class_weights, smoothing):
+    rng = np.random.default_rng(1)
+    other, mix = rng.integers(0, C, N).astype(np.int32), rng.uniform(0, 1, N).astype(np.float32)
+    mix[:2] = 1, 0
+    mixed = {**batch(), "targets_b": jnp.asarray(other), "mix": jnp.asarray(mix)}
+    found = losses.cross_entropy_term(smoothing, class_weights)(Outputs(jnp.asarray(LOGITS), {}), None, mixed)
+    scale = np.ones(C) if class_weights is None else np.array(class_weights)
+    smooth = lambda targets: (1 - smoothing) * np.eye(C)[targets] + smoothing / C
+    one, two = mix * scale[TARGETS], (1 - mix) * scale[other]
+    soft = one[:, None] * smooth(TARGETS) + two[:, None] * smooth(other)
+    total = -(WEIGHTS[:, None] * soft * log_softmax(LOGITS)).sum()
+    np.testing.assert_allclose(found.total, total, rtol=1e-5)
+    np.testing.assert_allclose(found.count, (WEIGHTS * (one + two)).sum(), rtol=1e-5)

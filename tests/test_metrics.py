@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sklearn import metrics as sk
 
+from bmjax import measure
 from bmjax.measure import metrics
 
 CLASSES = 5
@@ -90,7 +91,7 @@ def read(batch, name):
 @pytest.mark.parametrize("devices", [1, 8])
 def test_evaluate_is_exact_over_shards_and_ragged_batches(devices):
     logits, targets, teacher = items(205)
-    result = metrics.evaluate(
+    result = measure.evaluate(
         lambda batch: read(batch, "inputs"),
         (place(batch, devices) for batch in batches(logits, targets, teacher, 32, devices)),
         classes=CLASSES,
@@ -119,10 +120,21 @@ def test_tokens_count_one_by_one():
     kept = weights.reshape(-1) > 0
     check_summary(metrics.summary(jitted(*shaped)), logits[kept], targets[kept], teacher[kept])
     batch = {"inputs": shaped[0], "targets": shaped[1], "weights": weights, "id": np.arange(6)[::-1].astype(np.int32)}
-    result = metrics.evaluate(lambda batch: read(batch, "inputs"), [batch], classes=CLASSES)
+    result = measure.evaluate(lambda batch: read(batch, "inputs"), [batch], classes=CLASSES)
     np.testing.assert_array_equal(result.ids, np.repeat(np.arange(6), 3))
     np.testing.assert_array_equal(result.targets, shaped[1][::-1, :3].reshape(-1))
     assert result.summary["teacher_agreement"] is None
+
+
+def test_an_examples_weight_holds_for_its_tokens():
+    logits, targets, teacher = items(24)
+    weights = np.array([1, 0, 1, 1, 0, 1], np.float32)
+    shaped = (logits.reshape(6, 4, CLASSES), targets.reshape(6, 4), weights, teacher.reshape(6, 4, CLASSES))
+    kept = np.repeat(weights, 4) > 0
+    check_summary(metrics.summary(jitted(*shaped)), logits[kept], targets[kept], teacher[kept])
+    batch = {"inputs": shaped[0], "targets": shaped[1], "weights": weights, "id": np.arange(6)}
+    result = measure.evaluate(lambda batch: read(batch, "inputs"), [batch], classes=CLASSES)
+    np.testing.assert_array_equal(result.predictions, logits[kept].argmax(-1))
 
 
 def test_host_totals_pass_the_limits_of_float32_and_int32():
@@ -166,6 +178,6 @@ def test_evaluate_refuses_what_does_not_fit():
     logits, targets, teacher = items(8)
     read_inputs = lambda batch: read(batch, "inputs")
     with pytest.raises(ValueError, match="empty"):
-        metrics.evaluate(read_inputs, [], classes=CLASSES)
+        measure.evaluate(read_inputs, [], classes=CLASSES)
     with pytest.raises(ValueError, match="do the classes agree"):
-        metrics.evaluate(read_inputs, batches(logits, targets, teacher, 8), classes=CLASSES + 1)
+        measure.evaluate(read_inputs, batches(logits, targets, teacher, 8), classes=CLASSES + 1)

@@ -107,12 +107,18 @@ def test_ten_steps_a_restart_and_ten_more_are_twenty(bench, devices):
     assert set(resumed.params["loss"]) == {"hint"}
 
     log = {folder: logs.read(resumed_in.directory.parent / folder)["student"] for folder in ("straight", "run")}
-    steps = {folder: [row for row in rows if "loss" in row] for folder, rows in log.items()}
+    speed = {"steps_per_s", "examples_per_s", "data_wait"}
+    lines = {folder: [row for row in rows if "loss" in row] for folder, rows in log.items()}
+    assert any(speed <= set(row) for row in lines["run"])
+    steps = {folder: [{k: v for k, v in row.items() if k not in speed} for row in rows] for folder, rows in lines.items()}
     assert [row["step"] for row in steps["run"]] == list(range(1, STEPS + 1))
     assert steps["run"] == steps["straight"]  # every term's value too, so the data went on where they were
     for row in steps["run"]:
-        assert set(row) == {"step", "loss", "ce", "kd", "hint"}
+        assert {name for name in row if not name.startswith("sparsity/")} == {"step", "loss", "ce", "kd", "hint"}
         assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * row["kd"] + 0.1 * row["hint"], rel=1e-5)
+    last = steps["run"][-1]
+    for path in pruned:
+        assert last[f"sparsity/{path}"] == pytest.approx((~masks[path]).mean())
     assert [row for row in log["run"] if "valid_accuracy" in row][-1] == log["straight"][-1]
 
 

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bmjax import shrink, trace, trees
 from bmjax.models.linen import LinenModel
 from bmjax.models.mlp import ResidualMLP
+from bmjax.models.resnet import ResNetModule, Stage
 from bmjax.models.vit import ViT
 from bmjax.shrink import depth
 from bmjax.types import Group, Member
@@ -110,6 +111,60 @@ def test_masked_model_equals_the_resized_model_and_the_replay(module, shape, kee
     assert trees.first_difference(fresh, small) == ""
     assert shrink.verify(logits(model), masked, logits(smaller), small, x) <= 1e-5
     assert shrink.verify(logits(model), masked, jax.jit(traced.replay(keeps)), small, x) <= 1e-5
+
+
+RESNET = (Stage(4, 3, 2, 5), Stage(6, 4, 0, 0), Stage(8, 4, 3, 4))
+CHANNELS = {
+    "stage_0/first_inner": np.array([0, 1, 1], bool),
+    "stage_0/inner": per_layer(2, 5, 2, 4),
+    "stage_1/first_inner": np.array([1, 0, 0, 1], bool),
+    "stage_2/inner": per_layer(3, 4, 3, 5),
+    "stage_2/blocks": np.array([1, 0, 1], bool),
+}
+WIDTHS = {"stage_0/width": np.arange(4) > 0, "stage_1/width": np.arange(6) % 2 == 0, "stage_2/width": np.arange(8) < 3}
+
+
+@pytest.mark.parametrize(
+    ("module", "keeps", "stages"),
+    [
+        (ResNetModule(RESNET, 5), CHANNELS | WIDTHS, (Stage(3, 2, 2, 2), Stage(3, 2, 0, 0), Stage(3, 4, 2, 3))),
+        (ResNetModule(RESNET, 5, project=False), CHANNELS, (Stage(4, 2, 2, 2), Stage(6, 2, 0, 0), Stage(8, 4, 2, 3))),
+        (ResNetModule(RESNET, 5, group=2), CHANNELS | WIDTHS, (Stage(3, 2, 2, 2), Stage(3, 2, 0, 0), Stage(3, 4, 2, 3))),
+    ],
+)
+def test_masked_resnet_equals_the_resized_resnet_and_the_replay(module, keeps, stages):
+    """Only parameters are masked: the statistics of a dropped channel are any numbers and do not matter."""
+    model, rng = LinenModel(module), np.random.default_rng(6)
+    x = rng.normal(size=(3, 6, 6, 2)).astype(np.float32)
+    params, state = jax.eval_shape(lambda: model.init(jax.random.key(0), {"inputs": x}))
+    params = jax.tree.map(lambda leaf: (0.5 * rng.normal(size=leaf.shape)).astype(np.float32), params)
+    state = jax.tree.map(lambda leaf: rng.uniform(0.2, 2, leaf.shape).astype(np.float32), state)
+
+    def logits(model):
+        return jax.jit(lambda p, s, x: model.apply(p, s, {"inputs": x})[0].logits)
+
+    traced = trace.trace(logits(model), params, x, names=model.axes, state=state)
+    mask = trace.masks(traced.groups, keeps, params)
+    masked = jax.tree.map(lambda leaf, keep: np.where(keep, leaf, 0), params, mask)
+    small, cut = shrink.compact(params, traced.groups, keeps), shrink.compact_state(state, traced.groups, keeps)
+    smaller = model.resize(shrink.sizes(traced.groups, keeps))
+    assert smaller.module.stages == stages
+    assert trees.first_difference(jax.eval_shape(lambda: smaller.init(jax.random.key(0), {"inputs": x})), (small, cut)) == ""
+    expected = np.asarray(logits(model)(masked, state, x))
+    for found in (logits(smaller)(small, cut, x), jax.jit(traced.replay(keeps))(small, cut, x)):
+        assert np.abs(found - expected).max() <= 1e-5 * max(1, np.abs(expected).max())
+    assert np.abs(logits(model)(params, state, x) - expected).max() > 0.1  # what was dropped mattered
+
+
+def test_a_state_is_cut_like_the_parameters_and_must_have_its_members():
+    group = NEURONS._replace(state=(line("mean", 1, 4),))
+    mean = np.arange(12.0, dtype=np.float32).reshape(3, 4)
+    keeps = {"neurons": np.array([[1, 0, 1, 0], [1, 1, 0, 0], [0, 1, 1, 0]], bool)}
+    found = shrink.compact_state({"mean": mean}, (LAYERS, group), keeps)
+    np.testing.assert_array_equal(found["mean"], [[0, 2], [4, 5], [9, 10]])
+    assert shrink.compact_state({}, (LAYERS, NEURONS), keeps) == {}
+    with pytest.raises(ValueError, match="'neurons' has the member 'mean', which is no part of the state"):
+        shrink.compact_state({"var": mean}, (LAYERS, group), keeps)
 
 
 def test_verify_refuses_what_differs():

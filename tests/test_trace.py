@@ -16,8 +16,9 @@ def random_params(shapes, seed=0):
 
 def linen(module, x, **kwargs):
     """(fn, random params) of a Linen module."""
-    params = jax.eval_shape(lambda: module.init(jax.random.key(0), x))["params"]
-    return lambda p, x: module.apply({"params": p}, x, **kwargs), random_params(params)
+    batch = {"inputs": x}
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), batch))["params"]
+    return lambda p, x: module.apply({"params": p}, {"inputs": x}, **kwargs), random_params(params)
 
 
 def shapes(**kwargs):
@@ -84,7 +85,7 @@ def test_replay_is_the_module_of_the_smaller_size():
     keep = np.array([1, 0, 1, 1, 0, 1], bool)
     masked, small = remove(params, by_name(traced.groups)["hidden_0"], keep)
     found = traced.replay({"hidden_0": keep})(small, x)
-    np.testing.assert_allclose(found, small_module.apply({"params": small}, x).logits, atol=1e-6)
+    np.testing.assert_allclose(found, small_module.apply({"params": small}, {"inputs": x}).logits, atol=1e-6)
     np.testing.assert_allclose(found, fn(masked, x).logits, atol=1e-6)
 
 
@@ -136,8 +137,8 @@ class Attention(nn.Module):
     heads: int = 2
 
     @nn.compact
-    def __call__(self, x):
-        x = nn.Dense(8, name="embed")(x)
+    def __call__(self, batch):
+        x = nn.Dense(8, name="embed")(batch["inputs"])
         cls = self.param("cls", nn.initializers.zeros, (1, 1, 8))
         x = jnp.concatenate([jnp.tile(cls, (x.shape[0], 1, 1)), x], axis=1)
         x = x + self.param("position", nn.initializers.zeros, (1, x.shape[1], 8))

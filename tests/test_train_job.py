@@ -1,5 +1,6 @@
 """The job of training alone: dense, pruned, distilled; its export does on raw inputs what NumPy does with its parameters."""
 
+import dataclasses
 import functools
 import json
 
@@ -14,8 +15,8 @@ from bmjax.distill import Distill
 from bmjax.jobs import common
 from bmjax.jobs import train as jobs
 from bmjax.models import Plain
+from bmjax.train import checkpoint, loop
 from bmjax.train import log as logs
-from bmjax.train import loop
 from bmjax.train.optimizer import Optimizer
 from bmjax.train.run import Run
 from experiments import train as program
@@ -171,3 +172,77 @@ def test_the_teacher_comes_from_an_export(dense, source, tmp_path):
     test = inputs[stratified(targets)["test"]]
     answers = [np.argmax(deploy.load(folder / jobs.EXPORT)(test), -1) for folder in (workdir, tmp_path)]
     assert model["metrics"]["teacher_agreement"] == pytest.approx(np.mean(answers[0] == answers[1]))
+
+
+def launch(*arguments):
+    argv = ["experiments/train.py", *map(str, arguments)]
+    configs.launch(program.main, presets=program.PRESETS, default="article", about=program.__doc__, argv=argv)
+
+
+def test_a_teacher_by_flags_comes_with_its_own_architecture(dense, source, tmp_path):
+    workdir, results = dense
+    launch(
+        f"--config.data.source={source}",
+        "--config.data.batch=16",
+        "--config.machine.devices=0",
+        "--config.machine.tensorboard=false",
+        "--config.model=Residual",
+        "--config.model.layers=1",
+        "--config.model.width=8",
+        "--config.model.neurons=8",
+        "--config.run.steps=3",
+        f"--config.teacher.pretrained={workdir}",
+        f"--workdir={tmp_path}",
+    )
+    teacher, model = json.loads((tmp_path / jobs.RESULTS).read_text())["models"]
+    assert teacher["metrics"]["confusion"] == results["models"][0]["metrics"]["confusion"]
+    assert teacher["parameters"] == results["models"][0]["parameters"]
+    assert model["metrics"]["count"] == 96
+    assert {"kd", "ce"} <= set(logs.read(tmp_path)["student"][0])
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["teacher"]["model"] is None
+
+
+def test_the_moving_average_is_what_is_scored_and_shipped(source, tmp_path):
+    run = dataclasses.replace(RUN, ema=0.9, norms=True)
+    (model,) = jobs.train(config(source, run=run, prune=prune.Sparsity(sparsity=0.5, interval=5)), tmp_path, "c")["models"]
+    params = check_export(tmp_path, model)
+    assert int((params["hidden_0/kernel"] == 0).sum()) == 30  # zeros stay zeros in the average
+    held = checkpoint.read(tmp_path / "checkpoints" / "model").state
+    average, last = held["extra/ema/hidden_0/kernel"], held["params/model/hidden_0/kernel"]
+    np.testing.assert_array_equal(params["hidden_0/kernel"], np.where(last == 0, 0, average))
+    assert not np.array_equal(average, last)
+    assert {"grad_norm", "update_norm"} <= set(logs.read(tmp_path)["model"][0])
+
+
+def test_tokens(tmp_path):
+    """A decoder on bytes: the exported program takes ids, and its figures are those of NumPy over its logits."""
+    text = tmp_path / "text.txt"
+    text.write_bytes(bytes(range(97, 123)) * 60)
+    launch(
+        f"--config.data.source=text:{text}",
+        "--config.data.length=8",
+        "--config.data.batch=8",
+        "--config.machine.devices=0",
+        "--config.machine.tensorboard=false",
+        "--config.model=Decoder",
+        "--config.model.layers=1",
+        "--config.model.width=8",
+        "--config.model.heads=2",
+        "--config.model.neurons=8",
+        "--config.run.steps=5",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    (model,) = json.loads((tmp_path / "run" / jobs.RESULTS).read_text())["models"]
+    assert "confusion" not in model["metrics"]
+    with np.load(tmp_path / "run" / jobs.TEST) as test:
+        inputs, targets = test["inputs"], test["targets"]
+        weights = test["weights"] if "weights" in test else np.ones(targets.shape)
+    assert inputs.dtype == np.int32
+    logits = np.asarray(deploy.load(tmp_path / "run" / jobs.EXPORT)(inputs), np.float64)
+    assert logits.shape == (*inputs.shape, 256)
+    total = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    nll = ((total - np.take_along_axis(logits, targets[..., None], -1)[..., 0]) * weights).sum() / weights.sum()
+    assert model["metrics"]["nll"] == pytest.approx(nll, rel=1e-4)
+    assert model["metrics"]["bits_per_token"] == pytest.approx(nll / np.log(2), rel=1e-4)
+    assert model["valid"]["perplexity"] > 1

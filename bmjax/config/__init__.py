@@ -5,24 +5,33 @@
         learning_rate: float = field(1e-3, "peak learning rate", check=above(0))
 
 A preset is a Python file whose `get_config()` returns such a dataclass; `launch` is the command line round it. The dataclasses
-that the preset put in place define the flags: `--config.optimizer.learning_rate=3e-4`.
+that the preset put in place define the flags: `--config.optimizer.learning_rate=3e-4`. A field with `kinds` takes another
+dataclass by name: `--config.model=Residual --config.model.layers=2`.
 """
 
-from bmjax.config.commandline import launch
-from bmjax.config.record import check_workdir, describe, fingerprint, to_dict, write_resolved
-from bmjax.config.schema import above, at_least, field, freeze, leaves, nearest, validate, within
+from bmjax.config.commandline import command, from_arguments, launch, launch_settings
+from bmjax.config.load import load
+from bmjax.config.record import check_workdir, describe, fingerprint, from_dict, read_resolved, to_dict, write_resolved
+from bmjax.config.schema import above, at_least, field, freeze, leaves, nearest, recorded, validate, within
 
 __all__ = [
     "above",
     "at_least",
     "check_workdir",
+    "command",
     "describe",
     "field",
     "fingerprint",
     "freeze",
+    "from_arguments",
+    "from_dict",
     "launch",
+    "launch_settings",
     "leaves",
+    "load",
     "nearest",
+    "read_resolved",
+    "recorded",
     "to_dict",
     "validate",
     "within",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import pathlib
 import shlex
 import sys
@@ -12,9 +10,10 @@ from typing import Any
 
 from absl import flags, logging
 
-from bmjax.config import kinds
-from bmjax.config.record import describe
-from bmjax.config.schema import Leaf, freeze, is_config, leaves, nearest, rebuild, validate
+from bmjax.config import flagged
+from bmjax.config.load import described, load
+from bmjax.config.record import describe, describe_groups
+from bmjax.config.schema import freeze, validate
 
 _OURS = ("bmjax", "experiments")  # a ValueError raised in these packages is a message to the user
 
@@ -39,26 +38,111 @@ def launch(
         about: what the experiment does, for `--help`.
         argv: program and arguments; `sys.argv` if not given.
     """
+
+    def run(arguments: list[str], chosen: flags.FlagValues) -> None:
+        config = load(chosen.config, presets)
+        if chosen.help:
+            flagged.choose_groups(config, arguments, "config")
+            there = described(presets)
+            width = max(map(len, there), default=0)
+            names = ["", "Presets:", *(f"  {name.ljust(width)}  {line}" for name, line in there.items())]
+            print(_help(about, _preset_flags(default), names, config, "config", f"Fields of {chosen.config}"))
+            return
+        flagged.override(config, arguments, _preset_flags(default))
+        validate(config)
+        workdir = pathlib.Path(chosen.workdir or f"runs/{pathlib.Path(chosen.config).stem}").expanduser()
+        main(freeze(config), workdir, command(arguments))
+
+    _guarded(run, _preset_flags(default), argv)
+
+
+def from_arguments(arguments: Sequence[str], presets: pathlib.Path, default: str) -> Any:
+    """The config that `launch` would make of `--config...` arguments, not validated and not frozen.
+
+    Raises:
+        ValueError: as `launch` would say.
+    """
+    line = ["", *arguments]
+    chosen = _preset_flags(default)
+    flagged.parse(line, chosen, known_only=True)
+    config = load(chosen.config, presets)
+    flagged.override(config, line, _preset_flags(default))
+    return config
+
+
+def launch_settings(
+    main: Callable[[Any, list[str], str], object],
+    *,
+    settings: Callable[[str], Any],
+    about: str,
+    by: str = "",
+    forwards: str = "",
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parses the command line of a program without presets, then calls `main(frozen settings, forwarded arguments, command)`.
+
+    The settings' fields are flags by their own names: `--data.batch=64`. Ends as `launch` does.
+
+    Args:
+        main: the program.
+        settings: value of the flag `by` -> dataclass instance with the defaults.
+        about: what the program does, for `--help`.
+        by: name of a field that is looked at first, because defaults depend on it; "" is passed where it is not given.
+        forwards: arguments `--<forwards>...` are handed on as they are.
+        argv: program and arguments; `sys.argv` if not given.
+    """
+
+    def run(arguments: list[str], chosen: flags.FlagValues) -> None:
+        rest = [a for a in arguments[1:] if forwards and a.startswith((f"--{forwards}", f"--no{forwards}"))]
+        own = [a for a in arguments if a not in rest]
+        first = flagged.empty_flags()
+        flags.DEFINE_string(by or "-", "", "", flag_values=first)
+        flagged.parse(own, first, known_only=True)
+        found = settings(first[by or "-"].value or "")
+        if chosen.help:
+            flagged.choose_groups(found, own, "")
+            print(_help(about, _settings_flags(), [], found, "", "Settings"))
+            return
+        flagged.override(found, own, _settings_flags(), "")
+        validate(found, "")
+        main(freeze(found), rest, command(arguments))
+
+    _guarded(run, _settings_flags(), argv)
+
+
+_HELP = {
+    "config": "name of a preset, or path of a .py file with get_config()",
+    "workdir": "folder for everything written; runs/<preset> if not given",
+}
+
+
+def _settings_flags() -> flags.FlagValues:
+    """The flags that every program has."""
+    values = flagged.empty_flags()
+    flags.DEFINE_boolean("debug", False, "keep the full traceback of every error", flag_values=values)
+    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
+    return values
+
+
+def _preset_flags(default: str) -> flags.FlagValues:
+    """The flags of every program with presets, in a set of their own: absl's global flags stay out of it."""
+    values = _settings_flags()
+    flags.DEFINE_string("config", default, _HELP["config"], flag_values=values)
+    flags.DEFINE_string("workdir", None, _HELP["workdir"], flag_values=values)
+    return values
+
+
+def _guarded(run: Callable[[list[str], flags.FlagValues], None], common: flags.FlagValues, argv: Sequence[str] | None) -> None:
+    """Calls `run(arguments, common flags)`; what goes wrong ends as `launch` says."""
     arguments = list(sys.argv if argv is None else argv)
     flags.FLAGS(arguments[:1])  # absl's own flags keep their defaults; its logging warns until they are parsed
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
     debug = False
     try:
-        chosen = _parse(arguments, _common_flags(default), known_only=True)
+        chosen = flagged.parse(arguments, common, known_only=True)
         debug = chosen.debug
-        config = _load(chosen.config, presets)
-        if chosen.help:
-            print(_help(about, _common_flags(default), chosen.config, config, presets))
-            return
-        fields = {leaf.path: leaf for leaf in leaves(config)}
-        values = _parse(arguments, _field_flags(fields, _common_flags(default)))
-        for path, leaf in fields.items():
-            if values[path].present:
-                object.__setattr__(leaf.owner, leaf.field.name, values[path].value)
-        validate(config)
-        workdir = pathlib.Path(chosen.workdir or f"runs/{pathlib.Path(chosen.config).stem}").expanduser()
-        main(freeze(config), workdir, _command(arguments))
+        run(arguments, chosen)
     except KeyboardInterrupt:
         sys.exit(130)
     except ValueError as error:
@@ -68,116 +152,24 @@ def launch(
         sys.exit(2)
 
 
-def _common_flags(default: str) -> flags.FlagValues:
-    """The flags that every experiment has, in a set of their own: absl's global flags stay out of it."""
-    values = flags.FlagValues()
-    values.set_gnu_getopt(True)  # go on after a stray argument, so that it can be named
-    flags.DEFINE_string("config", default, "name of a preset, or path of a .py file with get_config()", flag_values=values)
-    flags.DEFINE_string("workdir", None, "folder for everything written; runs/<preset> if not given", flag_values=values)
-    flags.DEFINE_boolean("debug", False, "keep the full traceback of every error", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
-    return values
-
-
-class _FieldParser(flags.ArgumentParser):
-    """Reads one config field's text."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind
-
-    def parse(self, argument: str) -> Any:
-        return kinds.read(argument, self.kind)
-
-    def flag_type(self) -> str:
-        return kinds.type_name(self.kind)
-
-
-def _field_flags(fields: dict[str, Leaf], values: flags.FlagValues) -> flags.FlagValues:
-    """The common flags and one flag for each field."""
-    for path, leaf in fields.items():
-        words = leaf.field.metadata.get("help", "")
-        flag = flags.Flag(_FieldParser(leaf.type), None, path, None, words, boolean=leaf.type is bool)
-        flags.DEFINE_flag(flag, values)
-    return values
-
-
-def _parse(arguments: list[str], values: flags.FlagValues, known_only: bool = False) -> flags.FlagValues:
-    """The flags with their values; a ValueError says what was wrong, unless only the known flags are looked for."""
-    try:
-        stray = values(arguments, known_only=known_only)[1:]
-    except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown(error.flagname, list(values))) from None
-    except flags.Error as error:
-        raise ValueError(str(error).removeprefix("flag ")) from None
-    if stray and not known_only:
-        raise ValueError(
-            f"stray argument {stray[0]!r}; every option is a flag such as --config=<preset> or --config.<field>=<value>"
-        )
-    return values
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    below = [other for other in known if other.startswith(f"{name}.")]
-    if below:
-        return f"{name} is a group of fields; set one of them: {', '.join(f'--{other}' for other in below)}"
-    if name.startswith("config."):
-        return f"the config has no field {name}; the nearest is {nearest(name, [o for o in known if o.startswith('config.')])}"
-    return f"there is no flag --{name}; the nearest is --{nearest(name, known)}"
-
-
-def _load(name: str, presets: pathlib.Path) -> Any:
-    """The dataclass that a preset or a config file makes."""
-    path = pathlib.Path(name).expanduser() if name.endswith(".py") else presets / f"{name}.py"
-    if not path.is_file():
-        if name.endswith(".py"):
-            raise ValueError(f"there is no config file {name}")
-        there = _presets(presets)
-        raise ValueError(
-            f"there is no preset {name!r}; the nearest is {nearest(name, there)!r} of {', '.join(there)}; a path ends in .py"
-        )
-    module_name = f"{path.stem}_config"  # the same in every process: it stands in the fingerprint of functions
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the path ends in .py, so there is a loader
-    sys.modules[module_name] = module  # dataclasses look their annotations up here
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(f"{path} has no function get_config()")
-    config = module.get_config()
-    if not is_config(config):
-        raise ValueError(f"get_config() of {path} returned {type(config).__name__}; expected a dataclass instance")
-    return rebuild(config)  # an override of one field must not reach another that shares its instance
-
-
-def _presets(folder: pathlib.Path) -> dict[str, str]:
-    """{name: first line of the docstring} of the presets in a folder."""
-    files = sorted(path for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    return {path.stem: (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0] for path in files}
-
-
-def _help(about: str, common: flags.FlagValues, chosen: str, config: Any, presets: pathlib.Path) -> str:
-    there = _presets(presets)
-    width = max(map(len, there), default=0)
+def _help(about: str, common: flags.FlagValues, names: list[str], config: Any, root: str, title: str) -> str:
     options = [
         f"  --{name:<8}  {common[name].flag_type():<6}  {str(common[name].default).lower():<7}  {common[name].help}"
         for name in ("config", "workdir", "debug", "help")
+        if name in common
     ]
-    names = [f"  {name.ljust(width)}  {line}" for name, line in there.items()]
-    fields = [f"  --{line}" for line in describe(config).splitlines()]
-    parts = [
-        about.strip(),
-        "",
-        "Flags (type, default, what it is):",
-        *options,
-        "",
-        "Presets:",
-        *names,
-        "",
-        f"Fields of {chosen} (flag, type, default, what it is):",
-    ]
-    return "\n".join([*parts, *fields])
+    chosen = [f"  {line}" for line in describe_groups(config, root).splitlines()]
+    parts = [about.strip(), "", "Flags (type, default, what it is):", *options, *names]
+    if chosen:
+        parts += ["", "Groups (--<group>=<kind> chooses another, whose fields --help then shows):", *chosen]
+    return "\n".join([*parts, "", f"{title} (flag, type, default, what it is):", *_fields(config, root)])
 
 
-def _command(arguments: list[str]) -> str:
+def _fields(config: Any, root: str) -> list[str]:
+    return [f"  --{line}" for line in describe(config, root).splitlines()]
+
+
+def command(arguments: Sequence[str]) -> str:
     """The command line as a person would type it."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", arguments[0]]

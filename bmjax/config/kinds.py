@@ -71,8 +71,12 @@ def type_name(kind: Any) -> str:
         return " | ".join(type_name(option) for option in typing.get_args(kind))
     if (typing.get_origin(kind) or kind) is collections.abc.Callable:
         return "function"
-    if typing.get_args(kind):
-        return str(kind).replace("typing.", "")
+    if kind is Ellipsis:
+        return "..."
+    if arguments := typing.get_args(kind):
+        if typing.get_origin(kind) is typing.Literal:
+            return " | ".join(map(str, arguments))
+        return f"{typing.get_origin(kind).__name__}[{', '.join(map(type_name, arguments))}]"
     return getattr(kind, "__name__", str(kind))
 
 

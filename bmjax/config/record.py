@@ -9,10 +9,14 @@ import json
 import os
 import pathlib
 import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from bmjax.config import kinds
-from bmjax.config.schema import is_config, leaves
+from bmjax.config.schema import groups, is_config, leaves, validate
+
+RECORD, DATA = "config.json", "data_fingerprint"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -42,13 +46,58 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
 
-def describe(config: Any) -> str:
+def from_dict(plain: Mapping[str, Any], classes: Mapping[str, type]) -> Any:
+    """The dataclass instance that `to_dict` wrote, its own and inner classes looked up by name.
+
+    Args:
+        plain: of `to_dict`, perhaps from JSON.
+        classes: {name: dataclass}.
+
+    Raises:
+        ValueError: a class that is not among them, a field that is none of its class, or a value that does not fit.
+    """
+    name = str(plain.get("class"))
+    if name not in classes:
+        raise ValueError(f"there is no config class {name!r} here; there are {', '.join(classes)}")
+    hints, given = typing.get_type_hints(classes[name]), {key: value for key, value in plain.items() if key != "class"}
+    if unknown := [key for key in given if key not in hints]:
+        raise ValueError(f"{name} has no field {unknown[0]!r}; it was written by another version of bmjax")
+    instance = classes[name](**{key: _restored(value, hints[key], classes) for key, value in given.items()})
+    validate(instance, name)
+    return instance
+
+
+def _restored(value: Any, kind: Any, classes: Mapping[str, type]) -> Any:
+    if isinstance(value, Mapping):
+        inner = "class" in value
+        return from_dict(value, classes) if inner else {key: _restored(item, Any, classes) for key, item in value.items()}
+    if (isinstance(value, list) and not kinds.fits(value, kind)) or (isinstance(value, list) and kind is Any):
+        return tuple(_restored(item, Any, classes) for item in value)
+    return value
+
+
+def describe(config: Any, root: str = "config") -> str:
     """Aligned lines, one for each field: dotted name, type, value, help."""
     rows = []
-    for leaf in leaves(config):
-        choices = leaf.field.metadata.get("choices")
+    for leaf in leaves(config, root):
+        choices = leaf.field.metadata.get("choices") or leaf.field.metadata.get("kinds")
         allowed = f" (one of {', '.join(map(str, choices))})" if choices else ""
         rows.append((leaf.path, kinds.type_name(leaf.type), _shown(leaf.value), leaf.field.metadata.get("help", "") + allowed))
+    return _aligned(rows)
+
+
+def describe_groups(config: Any, root: str = "config") -> str:
+    """Aligned lines, one for each group whose kind can be chosen: dotted name, what is there, help, the kinds."""
+    rows = []
+    for group in groups(config, root):
+        kind, makers = group.value, group.field.metadata["kinds"]
+        shown = "none" if kind is None else str(getattr(kind, "__name__", type(kind).__name__))
+        rows.append((group.path, shown, "", f"{group.field.metadata['help']} (one of {', '.join(makers)})"))
+    return _aligned(rows)
+
+
+def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
+    """Rows of three columns and a last one."""
     widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
     return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip() for row in rows)
 
@@ -64,37 +113,76 @@ def _shown(value: Any) -> str:
     return str(value) if isinstance(value, (int, float, str)) else str(_plain(value))
 
 
-def check_workdir(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+def check_workdir(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib.Path:
     """Makes the folder where it is missing; returns the path of its config.json, which is of this config if it is there.
 
+    Args:
+        config: of the run.
+        workdir: its folder.
+        data: fingerprint of the data it is run on; "" if it has none.
+
     Raises:
-        ValueError: the workdir holds a run of another config (names the first field that differs), or cannot be written to.
+        ValueError: the workdir holds a run of another config (names the first field that differs), of other code in the
+            config file or on other data, or it cannot be written to.
     """
-    path = workdir / "config.json"
+    path = workdir / RECORD
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        there = json.loads(path.read_text()) if path.exists() else None
+        there = read_resolved(workdir) if path.exists() else None
     except OSError as error:
         raise ValueError(f"workdir {workdir} cannot be made: {error.strerror}; choose another --workdir") from None
-    except ValueError:
-        raise ValueError(f"{path} is not readable as JSON; choose another --workdir or delete it") from None
     if not os.access(workdir, os.W_OK):
         raise ValueError(f"workdir {workdir} cannot be written to; choose another --workdir")
-    if there is not None and (difference := _first_difference(there, to_dict(config))):
-        raise ValueError(f"workdir {workdir} holds a run of another config ({difference}); choose another --workdir or delete it")
+    if there is None:
+        return path
+    here, advice = to_dict(config), "choose another --workdir or delete it"
+    before, now = there.get("code"), here.get("code")
+    if before and now and before != now:
+        edited = next(name for name in [*now, *before] if before.get(name) != now.get(name))
+        raise ValueError(
+            f"workdir {workdir} holds a run with another version of {edited}, which was edited since (its SHA-256 differs); "
+            f"restore the file, or {advice}"
+        )
+    known = there.pop(DATA, "")
+    if difference := _first_difference(there, here):
+        raise ValueError(f"workdir {workdir} holds a run of another config ({difference}); {advice}")
+    if data and known and data != known:
+        raise ValueError(
+            f"workdir {workdir} holds a run on other data: the fingerprint is {known[:12]} there, {data[:12]} here; "
+            f"restore the data, or {advice}"
+        )
     return path
 
 
-def write_resolved(config: Any, workdir: pathlib.Path) -> pathlib.Path:
+def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:
+    """What `write_resolved` wrote.
+
+    Raises:
+        ValueError: it is not readable as JSON.
+        OSError: it is not there.
+    """
+    try:
+        found = json.loads((workdir / RECORD).read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{workdir / RECORD} is not readable as JSON; choose another --workdir or delete it")
+    return found
+
+
+def write_resolved(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib.Path:
     """Writes `workdir/config.json`, from which on the folder is this config's, unless it is there. Returns its path.
+
+    Args:
+        config, workdir, data: as for `check_workdir`; the fingerprint stands under "data_fingerprint".
 
     Raises:
         ValueError: as `check_workdir`.
     """
-    path = check_workdir(config, workdir)
+    path = check_workdir(config, workdir, data)
     if not path.exists():
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        draft.write_text(json.dumps({**to_dict(config), **({DATA: data} if data else {})}, indent=2) + "\n")
         draft.replace(path)
     return path
 

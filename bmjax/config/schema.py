@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import functools
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from bmjax.config import kinds
@@ -16,7 +16,14 @@ Config = TypeVar("Config")
 Check = tuple[Callable[[Any], bool], str] | Callable[[Any], None]  # (predicate, "above 0"), or a function that raises ValueError
 
 
-def field(default: Any, help: str, *, choices: Iterable[Any] | None = None, check: Check | None = None) -> Any:
+def field(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[Any] | None = None,
+    check: Check | None = None,
+    kinds: Mapping[str, Callable[[], Any]] | None = None,
+) -> Any:
     """A dataclass field with its one-line help; a mutable default is copied for each instance.
 
     Args:
@@ -24,9 +31,16 @@ def field(default: Any, help: str, *, choices: Iterable[Any] | None = None, chec
         help: one line for `--help`.
         choices: the only values allowed.
         check: `(predicate, words)`, the words following the type in an error ("above 0"), or a function that raises ValueError.
+        kinds: for a field that holds a dataclass: {name: what makes one, or None}. `--config.<field>=<name>` puts it in place,
+            and a flag below a field that is None puts the first kind that is not "none" there.
     """
-    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "check": check}
+    metadata = {"help": help, "choices": None if choices is None else tuple(choices), "check": check, "kinds": kinds}
     return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+
+
+def recorded(help: str) -> Any:
+    """A dict field that `launch` fills: it stands in the record and in the fingerprint, and is no flag."""
+    return dataclasses.field(default_factory=dict, metadata={"help": help, "recorded": True})
 
 
 def above(low: float) -> Check:
@@ -64,15 +78,35 @@ class Leaf(NamedTuple):
 
 
 def leaves(config: Any, path: str = "config") -> Iterator[Leaf]:
-    """Every leaf below a dataclass instance, in the order of definition; tuples and dicts of dataclasses are entered too."""
+    """Every leaf below a dataclass instance, in the order of definition; tuples and dicts of dataclasses are entered too.
+
+    Paths begin with `path`, or with the field's own name where it is empty.
+    """
     hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
-        value, where = getattr(config, entry.name), f"{path}.{entry.name}"
+        if entry.metadata.get("recorded"):
+            continue
+        value, where = getattr(config, entry.name), _below(path, entry.name)
         children = list(_children(value, where))
         for child, child_path in children:
             yield from leaves(child, child_path)
         if not children:
             yield Leaf(where, config, entry, hints[entry.name], value)
+
+
+def groups(config: Any, path: str = "config") -> Iterator[Leaf]:
+    """Every field below a dataclass instance that has `kinds` to choose from, outer ones first; its value may be None."""
+    hints = typing.get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        value, where = getattr(config, entry.name), _below(path, entry.name)
+        if entry.metadata.get("kinds"):
+            yield Leaf(where, config, entry, hints[entry.name], value)
+        for child, child_path in _children(value, where):
+            yield from groups(child, child_path)
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _children(value: Any, path: str) -> Iterator[tuple[Any, str]]:
@@ -98,7 +132,7 @@ def validate(config: Any, path: str = "config") -> None:
     """
     hints = typing.get_type_hints(type(config))
     for entry in dataclasses.fields(config):
-        value, where, kind = getattr(config, entry.name), f"{path}.{entry.name}", hints[entry.name]
+        value, where, kind = getattr(config, entry.name), _below(path, entry.name), hints[entry.name]
         choices, check = entry.metadata.get("choices"), entry.metadata.get("check")
         predicate, words = check if isinstance(check, tuple) else (None, "")
         expected = f"expected {kinds.words(kind)} {words}".rstrip()
@@ -122,7 +156,7 @@ def _prefixed(path: str, check: Callable[..., Any], *arguments: Any) -> None:
     try:
         check(*arguments)
     except ValueError as error:
-        raise ValueError(str(error) if str(error).startswith(path) else f"{path}: {error}") from None
+        raise ValueError(str(error) if not path or str(error).startswith(path) else f"{path}: {error}") from None
 
 
 def freeze(config: Config) -> Config:

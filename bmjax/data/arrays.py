@@ -13,10 +13,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from bmjax.data.dataset import SPLITS, Dataset, build, stratified
+from bmjax.data.pipeline import Data
 
 
-def load(argument: str) -> Dataset:
-    """The dataset of an .npz file; without splits of its own it gets 40% test and 10% validation, always the same rows.
+def load(argument: str, data: Data) -> Dataset:
+    """The dataset of an .npz file; without splits of its own 40% are test and 10% validation unless set, always the same rows.
 
     Raises:
         ValueError: the file is missing, is no .npz or lacks an array, or its contents do not pass `dataset.build`.
@@ -32,7 +33,8 @@ def load(argument: str) -> Dataset:
     else:
         whole = targets.dtype.kind in "iu" and targets.size > 0
         class_names = [str(label) for label in range(int(targets.max()) + 1 if whole else 2)]
-    return build(name, arrays["inputs"], targets, _rows(name, arrays), class_names=class_names)
+    rows = _rows(name, arrays, data)
+    return build(name, arrays["inputs"], targets, rows, class_names=class_names, limit=data.limit)
 
 
 def _read(argument: str) -> dict[str, np.ndarray]:
@@ -46,7 +48,7 @@ def _read(argument: str) -> dict[str, np.ndarray]:
         raise ValueError(f"{argument} is not readable as an .npz file of plain arrays: {error}") from None
 
 
-def _rows(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _rows(name: str, arrays: Mapping[str, np.ndarray], data: Data) -> dict[str, np.ndarray]:
     if "split" in arrays:
         split = arrays["split"].astype(str)
         if split.shape != arrays["targets"].shape or not set(split) <= set(SPLITS):
@@ -56,7 +58,7 @@ def _rows(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {key: np.flatnonzero(split == key) for key in SPLITS}
     given = [key for key in SPLITS if key in arrays]
     if not given:
-        return stratified(arrays["targets"])
+        return stratified(arrays["targets"], **data.fractions())
     if len(given) < len(SPLITS):
         raise ValueError(f"{name}: there is {' and '.join(given)} only; expected all of train, valid, test, or none of them")
     return {key: arrays[key] for key in SPLITS}

@@ -1,33 +1,80 @@
-"""What a source gives: three splits of normalised examples, checked."""
+"""What a source gives: three splits of examples, checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+from bmjax.data.digest import sha256
 
 SPLITS = ("train", "valid", "test")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Examples of one split.
+    """Examples of one split, as they are kept in memory or on the disk; `take` gives them as a model takes them.
 
     Attributes:
-        inputs: float32 [n, ...], normalised.
-        targets: int32 [n].
+        inputs: float32 [n, ...], normalised; or uint8 images [n, H, W, C], raw; or token ids [n, T] of any integer type.
+        targets: ints [n], or [n, T] for tokens.
         id: int32 [n], the example's row in the source.
+        extra: more arrays by name, the example first ("weights", "segments", "positions"); they are in every batch.
+        offset, scale: float32, shaped like one example: (raw - offset) / scale is what a model takes; None: inputs are that.
+        vocabulary: ids that are not below it are refused by `take`; 0 where all were checked already.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     id: np.ndarray
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    offset: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    vocabulary: int = 0
 
     def __len__(self) -> int:
         return len(self.targets)
+
+    @property
+    def tokens(self) -> bool:
+        """Whether the inputs are token ids."""
+        return self.offset is None and self.inputs.dtype.kind in "iu"
+
+    def take(self, rows: np.ndarray | slice) -> dict[str, np.ndarray]:
+        """Some examples as a model takes them: {"inputs", "targets", "id" and the extra arrays}, float32 and int32.
+
+        Args:
+            rows: ints [B], or a slice.
+
+        Raises:
+            ValueError: an id is outside the vocabulary.
+        """
+        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else rows
+        batch = {"inputs": self.inputs.take(rows, axis=0), "targets": self.targets.take(rows, axis=0), "id": self.id.take(rows)}
+        for name, array in self.extra.items():
+            batch[name] = array.take(rows, axis=0)
+        if self.offset is not None and self.scale is not None:
+            inputs = np.subtract(batch["inputs"], self.offset, dtype=np.float32)
+            batch["inputs"] = np.divide(inputs, self.scale, out=inputs)
+        if self.vocabulary:
+            _check_ids((batch["inputs"], batch["targets"]), self.vocabulary)
+        return {name: _plain(array) for name, array in batch.items()}
+
+
+def _check_ids(arrays: Sequence[np.ndarray], vocabulary: int) -> None:
+    low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"a batch holds the id {wrong}, which is outside the vocabulary of {vocabulary}; correct data.vocabulary"
+        )
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    wanted = np.int32 if array.dtype.kind in "iu" else np.float32
+    return array if array.dtype == wanted else array.astype(wanted)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +84,11 @@ class Dataset:
     Attributes:
         name: as given to `load`.
         train, valid, test: the splits.
-        class_names: one for each class.
+        class_names: one for each class; empty for tokens.
         offset, scale: float32, broadcast against one raw example: normalised = (raw - offset) / scale.
         fingerprint: sha256 (hex) of raw inputs, targets and splits.
+        kind: "classes", or "tokens" where inputs and targets are token ids [n, T].
+        vocabulary: number of token ids; 0 for classes.
     """
 
     name: str
@@ -50,11 +99,13 @@ class Dataset:
     offset: np.ndarray
     scale: np.ndarray
     fingerprint: str
+    kind: str = "classes"
+    vocabulary: int = 0
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
+        """Number of classes; for tokens the size of the vocabulary."""
+        return self.vocabulary if self.kind == "tokens" else len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -62,8 +113,14 @@ class Dataset:
         return self.train.inputs.shape[1:]
 
     def normalise(self, raw: np.ndarray) -> np.ndarray:
-        """Raw inputs [n, ...] as the model takes them, float32."""
-        return ((raw - self.offset) / self.scale).astype(np.float32)
+        """Raw inputs [n, ...] as the model takes them: float32, or int32 ids."""
+        return _plain(raw) if self.kind == "tokens" else ((raw - self.offset) / self.scale).astype(np.float32)
+
+    def raw(self, split: Split) -> np.ndarray:
+        """A split's inputs as the source had them: float32, or int32 ids."""
+        if self.kind == "tokens" or split.offset is not None:
+            return split.inputs.astype(np.int32 if self.kind == "tokens" else np.float32)
+        return (split.inputs * self.scale + self.offset).astype(np.float32)
 
 
 def build(
@@ -75,8 +132,12 @@ def build(
     class_names: Sequence[str],
     offset: np.ndarray | None = None,
     scale: np.ndarray | None = None,
+    ids: np.ndarray | None = None,
+    limit: int = 0,
 ) -> Dataset:
     """Checks a source's arrays and makes a Dataset of them.
+
+    Images [n, H, W, C] of uint8 stay bytes in memory and are normalised batch by batch; all else is normalised here.
 
     Args:
         name: for messages.
@@ -86,6 +147,8 @@ def build(
         class_names: one for each class.
         offset, scale: normalisation; the mean and standard deviation of each feature (of each channel, for images
             [n, H, W, C]) over the train split where not given.
+        ids: ints [n], what each row is called in the source; its number if not given.
+        limit: see `limited`.
 
     Raises:
         ValueError: arrays are empty, not finite, of different lengths; a label is outside the classes; a split is empty or shares
@@ -93,20 +156,55 @@ def build(
     """
     _check_arrays(name, inputs, targets, len(class_names))
     _check_rows(name, rows, len(inputs))
+    rows = limited(rows, targets, limit) if limit else rows
+    raw = inputs.dtype == np.uint8 and inputs.ndim == 4
     if offset is None or scale is None:
-        train = inputs[rows["train"]].astype(np.float64)
-        axes = tuple(range(train.ndim - 1)) if train.ndim == 4 else 0
-        offset, scale = train.mean(axes), train.std(axes)
+        offset, scale = _byte_moments(inputs, rows["train"]) if raw else _moments(inputs, rows["train"])
         scale = np.where(scale > 0, scale, 1.0)
     offset, scale = np.asarray(offset, np.float32), np.asarray(scale, np.float32)
-    normalised = ((inputs - offset) / scale).astype(np.float32)
+    stored = inputs if raw else ((inputs - offset) / scale).astype(np.float32)
+    # Repeated over the whole example: a subtraction that broadcasts over three channels takes ten times longer.
+    later = [np.broadcast_to(array, inputs.shape[1:]).copy() for array in (offset, scale)] if raw else [None, None]
+    ids = np.arange(len(inputs)) if ids is None else ids
     splits = {
-        key: Split(normalised[rows[key]], targets[rows[key]].astype(np.int32), rows[key].astype(np.int32)) for key in SPLITS
+        key: Split(_at(stored, rows[key]), targets[rows[key]].astype(np.int32), ids[rows[key]].astype(np.int32), {}, *later)
+        for key in SPLITS
     }
-    digest = hashlib.sha256()
-    for array in (inputs, targets, *(rows[key] for key in SPLITS)):
-        digest.update(f"{array.dtype.str}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
-    return Dataset(name, **splits, class_names=tuple(class_names), offset=offset, scale=scale, fingerprint=digest.hexdigest())
+    return Dataset(
+        name,
+        train=splits["train"],
+        valid=splits["valid"],
+        test=splits["test"],
+        class_names=tuple(class_names),
+        offset=offset,
+        scale=scale,
+        fingerprint=sha256(inputs, targets, *(rows[key] for key in SPLITS)),
+    )
+
+
+def _at(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """`array[rows]`, without a copy where the rows follow one another."""
+    first = int(rows[0])
+    return array[first : first + len(rows)] if np.array_equal(rows, np.arange(first, first + len(rows))) else array[rows]
+
+
+def _moments(inputs: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    train = inputs[rows].astype(np.float64)
+    axes = tuple(range(train.ndim - 1)) if train.ndim == 4 else 0
+    return train.mean(axes), train.std(axes)
+
+
+def _byte_moments(images: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, from sums that float64 holds exactly, a few images at a time."""
+    size, channels = math.prod(images.shape[1:]), images.shape[-1]
+    sums, squares = np.zeros(size), np.zeros(size)
+    for first in range(0, len(rows), 512):
+        block = images[rows[first : first + 512]].reshape(-1, size).astype(np.float64)
+        sums += block.sum(0)
+        squares += np.einsum("nf,nf->f", block, block)
+    count = len(rows) * size // channels
+    mean = sums.reshape(-1, channels).sum(0) / count
+    return mean, np.sqrt(np.maximum(squares.reshape(-1, channels).sum(0) / count - mean**2, 0))
 
 
 def _check_arrays(name: str, inputs: np.ndarray, targets: np.ndarray, classes: int) -> None:
@@ -124,9 +222,12 @@ def _check_arrays(name: str, inputs: np.ndarray, targets: np.ndarray, classes: i
         raise ValueError(f"{name}: the target of row {row} is {targets[row]}; expected a class from 0 to {classes - 1}")
     if classes < 2:
         raise ValueError(f"{name}: there is {classes} class; expected at least 2")
-    bad = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
-    if bad.size:
-        raise ValueError(f"{name}: the inputs of row {bad[0]} hold NaN or infinity ({bad.size} such rows); clean or drop them")
+    if inputs.dtype.kind == "f":
+        bad = np.flatnonzero(~np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1))
+        if bad.size:
+            raise ValueError(
+                f"{name}: the inputs of row {bad[0]} hold NaN or infinity ({bad.size} such rows); clean or drop them"
+            )
 
 
 def _check_rows(name: str, rows: Mapping[str, np.ndarray], examples: int) -> None:
@@ -142,6 +243,16 @@ def _check_rows(name: str, rows: Mapping[str, np.ndarray], examples: int) -> Non
         owner[split] = index
 
 
+def _spread(targets: np.ndarray) -> np.ndarray:
+    """All rows in an order, the same at every call, of which any beginning holds the classes in proportion."""
+    shuffled = np.random.RandomState(0).permutation(len(targets))  # RandomState's stream is the same in every NumPy
+    place = np.empty(len(targets))
+    for label in np.unique(targets):
+        members = shuffled[targets[shuffled] == label]
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled[np.argsort(place[shuffled], kind="stable")]
+
+
 def stratified(targets: np.ndarray, *, test: float = 0.4, valid: float = 0.1) -> dict[str, np.ndarray]:
     """Rows of each split, each class in proportion, the same at every call.
 
@@ -149,12 +260,28 @@ def stratified(targets: np.ndarray, *, test: float = 0.4, valid: float = 0.1) ->
         targets: [n].
         test, valid: fractions; ceil(fraction * n) rows each.
     """
-    shuffled = np.random.RandomState(0).permutation(len(targets))  # RandomState's stream is the same in every NumPy
-    place = np.empty(len(targets))
-    for label in np.unique(targets):
-        members = shuffled[targets[shuffled] == label]
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
-    order = shuffled[np.argsort(place[shuffled], kind="stable")]
+    order = _spread(targets)
     tests, valids = math.ceil(test * len(targets)), math.ceil(valid * len(targets))
     cuts = {"train": order[tests + valids :], "valid": order[tests : tests + valids], "test": order[:tests]}
     return {key: np.sort(rows) for key, rows in cuts.items()}
+
+
+def limited(rows: Mapping[str, np.ndarray], targets: np.ndarray, limit: int) -> dict[str, np.ndarray]:
+    """About `limit` of the splits' rows, each split and within it each class in proportion; all for 0.
+
+    Args:
+        rows: {split: ints}.
+        targets: [n], all rows'.
+        limit: see `shares`.
+    """
+    kept = shares({key: len(split) for key, split in rows.items()}, limit)
+    return {key: np.sort(split[_spread(targets[split])[: kept[key]]]) for key, split in rows.items()}
+
+
+def shares(sizes: Mapping[str, int], limit: int) -> dict[str, int]:
+    """How many of each split's examples make `limit` together, in proportion, at least one each; all for 0."""
+    total = sum(sizes.values())
+    if limit == 0 or limit >= total:
+        return dict(sizes)
+    held = {key: min(size, max(1, round(limit * size / total))) for key, size in sizes.items() if key != "train"}
+    return {**held, "train": min(sizes["train"], max(1, limit - sum(held.values())))}

@@ -3,3 +3,4 @@
 from bmjax.deploy.export import export as export
 from bmjax.deploy.export import load as load
 from bmjax.deploy.export import load_params as load_params
+from bmjax.deploy.export import load_state as load_state

@@ -15,7 +15,7 @@ from bmjax import manifest, trees
 from bmjax.types import Params
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-PROGRAM, PARAMS = "model.jaxexport", "params.safetensors"
+PROGRAM, PARAMS, STATE = "model.jaxexport", "params.safetensors", "state.safetensors"
 TOLERANCE = 1e-5
 
 
@@ -28,6 +28,7 @@ def export(
     input_dtype: Any,
     classes: int,
     metadata: dict[str, Any],
+    state: Params | None = None,
 ) -> pathlib.Path:
     """Writes a model for any batch size on CPU, CUDA and TPU, loads it back and compares; returns the directory.
 
@@ -42,6 +43,7 @@ def export(
         input_dtype: for example "float32"; for whole numbers the inputs are taken to be below `classes` (token ids).
         classes: width of the logits.
         metadata: what JSON can hold, kept in the manifest; "class_names" (one a class) gives predictions their names.
+        state: the model's state (batch statistics), which `fn` holds as constants; kept beside the parameters for `load_state`.
 
     Raises:
         ValueError: logits of another width, class names that do not fit, metadata that JSON cannot hold, parameters of which two
@@ -59,6 +61,9 @@ def export(
     (directory / manifest.NAME).unlink(missing_ok=True)  # comes back last: without it an export is not valid
     (directory / PROGRAM).write_bytes(program)
     save_file({path: np.ascontiguousarray(leaf).reshape(leaf.shape) for path, leaf in flat.items()}, directory / PARAMS)
+    (directory / STATE).unlink(missing_ok=True)
+    if beside := {path: np.array(leaf, order="C") for path, leaf in trees.paths(jax.device_get(state or {})).items()}:
+        save_file(beside, directory / STATE)
     _check_loaded(_read(directory), lambda inputs: jax.jit(fn)(host, inputs), tuple(input_shape), input_dtype, classes)
     manifest.write(directory, data)
     return directory
@@ -81,17 +86,26 @@ def load_params(directory: str | os.PathLike[str]) -> Params:
     Raises:
         ValueError: the manifest, or a file listed in it, is missing or altered.
     """
+    manifest.verify(directory)
+    return _nested(pathlib.Path(directory) / PARAMS)
+
+
+def load_state(directory: str | os.PathLike[str]) -> Params:
+    """The model's state of an exported model, like its parameters; {} if it has none.
+
+    Raises:
+        ValueError: the manifest, or a file listed in it, is missing or altered.
+    """
+    manifest.verify(directory)
+    path = pathlib.Path(directory) / STATE
+    return _nested(path) if path.exists() else {}
+
+
+def _nested(file: pathlib.Path) -> Params:
+    """A safetensors file whose names are paths, as a nested dict."""
     from safetensors.numpy import load_file
 
-    manifest.verify(directory)
-    tree: dict[str, Any] = {}
-    for path, leaf in load_file(pathlib.Path(directory) / PARAMS).items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
+    return trees.nested(load_file(file))
 
 
 def _read(directory: pathlib.Path) -> Callable[[Any], jax.Array]:

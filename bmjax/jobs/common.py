@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +18,14 @@ from absl import logging
 from bmjax import config as configs
 from bmjax import data, deploy, manifest, measure, parallel, trees
 from bmjax.config import at_least, field
+from bmjax.jobs import architecture
 from bmjax.train import run as runs
 from bmjax.train.log import Log
 from bmjax.train.run import Bench, Run
 from bmjax.train.step import Problem
-from bmjax.types import Batch, LossTerm, Params
+from bmjax.types import Batch, LossTerm, Params, View
+
+EXPORT = "export"  # the folder of a workdir that holds what was exported
 
 
 @dataclasses.dataclass
@@ -67,11 +71,11 @@ def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
         ValueError: the devices, the mesh, the batch or the data do not fit, or the workdir holds another config's run.
     """
     parallel.simulate(config.machine.devices)
-    dataset = data.load(config.data.source)
+    dataset = data.load(config.data)
     mesh = parallel.make_mesh(config.machine.mesh)
     parallel.check_batch(config.data.batch, mesh)
     data.train_batches(dataset.train, config.data.batch, config.seed)
-    configs.check_workdir(config, workdir)
+    configs.check_workdir(config, workdir, dataset.fingerprint)
     with Log(workdir, tensorboard=config.machine.tensorboard, wandb=config.machine.wandb) as log:
         yield Bench(mesh, dataset, config.data, workdir, log, config.seed)
 
@@ -84,14 +88,24 @@ def _unchanged(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
     return tx
 
 
-def _problem(model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap) -> Problem:
+def record(config: Any, bench: Bench) -> None:
+    """Writes the config and the data's fingerprint to the workdir, which from then on is theirs; when a job's checks are done.
+
+    Raises:
+        ValueError: as `config.check_workdir`.
+    """
+    configs.write_resolved(config, bench.directory, bench.dataset.fingerprint)
+
+
+def _problem(model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap, views: tuple[View, ...]) -> Problem:
     return Problem(
         model,
         terms,
         wrap(run.optimizer.build(run.steps), run.steps),
         teacher=teacher and teacher.model,
         loss_tx=run.optimizer.build_for_terms(run.steps),
-        accumulate=run.accumulate,
+        views=views,
+        **run.how,
     )
 
 
@@ -103,9 +117,11 @@ def check(
     *,
     teacher: Net | None = None,
     wrap: Wrap = _unchanged,
+    views: tuple[View, ...] = (),
 ) -> None:
     """Raises ValueError where `train` with these arguments would, before anything is compiled; a teacher may be abstract."""
-    runs.check(bench, _problem(model, terms, run, teacher, wrap), run, teacher and teacher.frozen)
+    architecture.check_logits(model, bench.shapes(model), bench.example(), bench.dataset.classes)
+    runs.check(bench, _problem(model, terms, run, teacher, wrap, views), run, teacher and teacher.frozen)
 
 
 def train(
@@ -119,6 +135,7 @@ def train(
     teacher: Net | None = None,
     spent: int = 0,
     wrap: Wrap = _unchanged,
+    views: tuple[View, ...] = (),
 ) -> Net:
     """Trains, or goes on training, one network.
 
@@ -130,20 +147,33 @@ def train(
         teacher: the frozen partner.
         spent: FLOPs that `start` took already.
         wrap: (optimiser, steps) -> optimiser, for pruning.
+        views: what the forward pass sees of the parameters.
     """
-    problem = _problem(model, terms, run, teacher, wrap)
-    state = runs.fit(bench, name, problem, run, params=start and start.params, frozen=teacher and teacher.frozen)
-    net = Net(model, state.params["model"], state.model_state, run.steps + (start.steps if start else 0))
+    problem = _problem(model, terms, run, teacher, wrap, views)
+    state = runs.fit(
+        bench,
+        name,
+        problem,
+        run,
+        params=start and start.params,
+        frozen=teacher and teacher.frozen,
+        schedule=None if run.optimizer.custom else run.optimizer.schedule(run.steps),
+    )
+    params = runs.outcome(state.params["model"], state.extra)
+    net = Net(model, params, state.model_state, run.steps + (start.steps if start else 0))
     step = runs.step_flops(flops(bench, net), flops(bench, teacher) if teacher else 0, bench.data.batch)
     return net._replace(flops=spent + run.steps * step)
 
 
 def flops(bench: Bench, net: Net) -> int:
     """FLOPs of one example's forward pass."""
-    return runs.forward_flops(net.model, trees.abstract(net.params), net.model_state, bench.dataset.shape)
+    dtype = "int32" if bench.dataset.kind == "tokens" else "float32"
+    return runs.forward_flops(net.model, trees.abstract(net.params), net.model_state, bench.dataset.shape, dtype)
 
 
-def evaluate(bench: Bench, net: Net, split: data.Split, teacher: Net | None = None) -> measure.Evaluation:
+def evaluate(
+    bench: Bench, net: Net, split: data.Split, teacher: Net | None = None
+) -> measure.Evaluation | measure.TokenEvaluation:
     """All metrics of a network on a split, with its agreement with a teacher."""
 
     def logits(net: Net) -> Callable[[Batch], jax.Array]:
@@ -155,9 +185,17 @@ def evaluate(bench: Bench, net: Net, split: data.Split, teacher: Net | None = No
 def load(bench: Bench, model: Any, directory: str) -> Net:
     """A network whose parameters were exported, partitioned over the mesh.
 
+    Args:
+        bench: where.
+        model: the network; None takes the one that the export says it is of.
+        directory: of an export, or a workdir that holds one.
+
     Raises:
-        ValueError: the export is altered, has other classes, or does not fit the model (names the first parameter that differs).
+        ValueError: the export is altered, has other classes, does not say what it is of, or does not fit the model (names the
+            first parameter that differs).
     """
+    inner = pathlib.Path(directory) / EXPORT
+    directory = str(inner) if inner.is_dir() else directory
     about = manifest.verify(directory)
     classes = about.get("classes")
     if classes is None:
@@ -167,39 +205,78 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
             f"{directory} has {classes} classes and {bench.dataset.name} has {bench.dataset.classes}; "
             "teacher and student need the same classes"
         )
-    params = deploy.load_params(directory)
-    expected, state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
-    if misfit := trees.first_difference(expected, params):
+    if model is None:
+        try:
+            model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset.shape, classes)
+        except ValueError as error:
+            raise ValueError(f"the network of {directory} cannot be built: {error}; give its config as the model") from None
+    params, state = deploy.load_params(directory), deploy.load_state(directory)
+    expected, expected_state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
+    misfit = trees.first_difference(expected, params) or trees.first_difference(expected_state, state)
+    if misfit:
         raise ValueError(f"{directory} does not fit the model: {misfit}")
     if about["metadata"].get("data_fingerprint") != bench.dataset.fingerprint:
         logging.warning("%s was made on other data than %s, whose normalisation is used now", directory, bench.dataset.name)
-    return Net(model, jax.device_put(params, parallel.partition(params, model.rules, bench.mesh)), state)
+    placed = jax.device_put(params, parallel.partition(params, runs.rules_of(model), bench.mesh))
+    return Net(model, placed, jax.device_put(state, parallel.replicated(bench.mesh)))
 
 
-def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any]) -> pathlib.Path:
-    """Exports a network that takes raw inputs: the data's normalisation is part of the program."""
-    dataset = bench.dataset
+def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any], model: Any = None) -> pathlib.Path:
+    """Exports a network that takes raw inputs (or token ids): the data's normalisation is part of the program.
+
+    Args:
+        bench: where it was trained.
+        net: the network.
+        directory: see `deploy.export`.
+        about: for the manifest.
+        model: its config, perhaps of other sizes, so that `load` can rebuild it.
+    """
+    dataset, tokens = bench.dataset, bench.dataset.kind == "tokens"
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
+    params, state = jax.device_get((net.params, net.model_state))
 
     def forward(params: Params, raw: jax.Array) -> jax.Array:
-        return net.model.apply(params, net.model_state, {"inputs": (raw - offset) / scale})[0].logits
+        inputs = raw if tokens else (raw - offset) / scale
+        return net.model.apply(params, state, {"inputs": inputs})[0].logits
 
-    metadata = {"class_names": list(dataset.class_names), "data": dataset.name, "data_fingerprint": dataset.fingerprint, **about}
+    metadata = {
+        "data": dataset.name,
+        "data_config": configs.to_dict(bench.data),
+        "data_fingerprint": dataset.fingerprint,
+        "architecture": architecture.record(model, net.model, params),
+        **({} if tokens else {"class_names": list(dataset.class_names)}),
+        **about,
+    }
     return deploy.export(
         forward,
-        net.params,
+        params,
         directory,
         input_shape=dataset.shape,
-        input_dtype="float32",
+        input_dtype="int32" if tokens else "float32",
         classes=dataset.classes,
         metadata=metadata,
+        state=state,
     )
 
 
-def scores(found: measure.Evaluation) -> dict[str, Any]:
-    """An evaluation for the report: its metrics, and the accuracy's 95% interval."""
+def scores(found: measure.Evaluation | measure.TokenEvaluation) -> dict[str, Any]:
+    """An evaluation for the report: its metrics, and the accuracy's 95% interval (not of tokens, which depend on each other)."""
+    if isinstance(found, measure.TokenEvaluation):
+        return {"metrics": found.summary}
     right = int(found.correct.sum())
     return {"metrics": found.summary, "accuracy_interval": list(measure.accuracy_interval(right, len(found.correct)))}
+
+
+def scalars(summary: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an evaluation's summary that are one number."""
+    return {name: value for name, value in summary.items() if isinstance(value, (int, float))}
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+    """Writes JSON whole or not at all."""
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    draft.replace(path)
 
 
 def environment() -> dict[str, str]:

@@ -17,7 +17,7 @@ from bmjax import config as configs
 from bmjax import data, report
 from bmjax.config import at_least, field, within
 from bmjax.distill import Distill
-from bmjax.jobs import common, results
+from bmjax.jobs import architecture, common, results
 from bmjax.jobs.common import Net, Terms
 from bmjax.jobs.search import Pruning, analyse, compact, search
 from bmjax.losses import Task
@@ -52,7 +52,7 @@ class Config:
     seed: int = field(0, "of parameters, shuffling and augmentation", check=within(0, 2**32, open_high=True))
     machine: common.Machine = field(common.Machine(), "devices and logs")
     data: data.Data = field(data.Data(), "examples")
-    model: Any = field(Residual(), "the big model; the preset chooses its kind")
+    model: Any = field(Residual(), "the big model, or a function (shape, classes) -> Model", kinds=architecture.kinds())
     pretrained: str = field("", "folder of an export to take the big model's parameters from, instead of training it")
     task: Task = field(Task(), "the loss against the labels")
     distill: Distill = field(Distill(), "what the small model learns from the big one")
@@ -61,6 +61,7 @@ class Config:
     retrain: Run = field(Run(), "training of the compact model")
     budget: Budget = field(Budget(), "what counts as not worse")
     latency: Latency = field(Latency(), "timing")
+    code: dict[str, str] = configs.recorded("SHA-256 of the config file and of the modules beside it that it imports")
 
 
 def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]:
@@ -73,11 +74,11 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         if (workdir / RESULTS).exists():
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
-        model = config.model.build(bench.dataset.shape, bench.dataset.classes)
+        model = architecture.build(config.model, bench.dataset)
         plain, distilled = {"ce": (1.0, config.task.term())}, config.distill.terms(config.task.term())
         given = common.load(bench, model, config.pretrained) if config.pretrained else None
         _check(config, bench, model, plain, distilled)
-        configs.write_resolved(config, workdir)
+        common.record(config, bench)
         big = given or common.train(bench, "big", model, plain, config.big)
         analysis = analyse(bench, big)
         tried = search(bench, big, analysis, config.prune, distilled, config.budget.max_drop)
@@ -139,6 +140,7 @@ def _conclude(config: Config, bench: Bench, nets: dict[str, Net], measured: dict
             nets["small"],
             workdir / EXPORT,
             {"config": configs.fingerprint(config), "verdict": measured["verdict"]["verdict"]},
+            config.model,
         )
         everything["files"] = {
             "export": str(export),

@@ -70,9 +70,7 @@ def found_big(bench: Bench, nets: Mapping[str, Net]) -> float:
     return common.evaluate(bench, nets["big"], bench.dataset.valid).summary["accuracy"]
 
 
-def _verdict(
-    found: Mapping[str, measure.Evaluation], tried: Sequence[Candidate], max_drop: float, level: float
-) -> dict[str, Any]:
+def _verdict(found: Mapping[str, Any], tried: Sequence[Candidate], max_drop: float, level: float) -> dict[str, Any]:
     if "small" not in found:
         why = "no candidate held on the validation split" if tried else "no sizes of this model reach a ratio that was asked for"
         return {"verdict": "nothing passed", "sentence": why, "margin": max_drop}
@@ -83,7 +81,7 @@ def _verdict(
 
 def _latency(bench: Bench, nets: Mapping[str, Net], batch: int, repeats: int) -> dict[str, dict[str, float]]:
     """Milliseconds of one forward pass on one device, the networks timed in turn."""
-    inputs = np.resize(bench.dataset.test.inputs, (batch, *bench.dataset.shape))
+    inputs = np.resize(bench.dataset.test.take(slice(batch))["inputs"], (batch, *bench.dataset.shape))
     device = jax.devices()[0]
 
     def call(net: Net) -> Any:

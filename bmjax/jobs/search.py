@@ -80,9 +80,10 @@ def analyse(bench: Bench, big: Net) -> Analysis:
     Raises:
         ValueError: nothing can be removed exactly.
     """
-    host = jax.device_get(big.params)
+    host, state = jax.device_get((big.params, big.model_state))
     inputs = np.zeros((3, *bench.dataset.shape), np.float32)
-    found = [group for group in trace.groups(_logits(big), host, inputs, names=big.model.axes) if group.name in big.model.axes]
+    traced = trace.groups(_logits(big.model), host, inputs, names=big.model.axes, state=state)
+    found = [group for group in traced if group.name in big.model.axes]
     exact = tuple(group for group in found if not group.note)
     if not exact:
         raise ValueError("nothing of this model can be removed exactly: " + "; ".join(f"{g.name}: {g.note}" for g in found))
@@ -93,15 +94,15 @@ def analyse(bench: Bench, big: Net) -> Analysis:
     return Analysis(exact, importance, {group.name: group.note for group in found if group.note})
 
 
-def _logits(net: Net) -> Callable[[Params, Any], jax.Array]:
-    return lambda params, inputs: net.model.apply(params, net.model_state, {"inputs": inputs})[0].logits
+def _logits(model: Any) -> Callable[[Params, Params, Any], jax.Array]:
+    return lambda params, model_state, inputs: model.apply(params, model_state, {"inputs": inputs})[0].logits
 
 
 def _importance(big: Net, params: Params, split: data.Split) -> np.ndarray:
     """[layers] how much each layer changes the residual stream on up to 1024 training examples."""
     layers = sum(name.startswith("layers/") and name.count("/") == 1 for name in big.model.features)
     names = ("embed", *(f"layers/{i}" for i in range(layers)))
-    inputs = split.inputs[:1024]
+    inputs = split.take(slice(1024))["inputs"]
 
     @jax.jit
     def importance(params: Params, inputs: jax.Array) -> jax.Array:
@@ -177,12 +178,17 @@ def compact(bench: Bench, candidate: Candidate, analysis: Analysis) -> Net:
     Raises:
         ValueError: the outputs differ by more than 1e-5 of their scale.
     """
-    masked = candidate.net._replace(params=jax.device_get(candidate.net.params))
+    params, state = jax.device_get((candidate.net.params, candidate.net.model_state))
+    masked = candidate.net._replace(params=params, model_state=state)
     sizes = shrink.sizes(analysis.groups, candidate.keeps)
     small = masked._replace(
-        model=masked.model.resize(sizes), params=shrink.compact(masked.params, analysis.groups, candidate.keeps)
+        model=masked.model.resize(sizes),
+        params=shrink.compact(params, analysis.groups, candidate.keeps),
+        model_state=shrink.compact_state(state, analysis.groups, candidate.keeps),
     )
-    inputs = bench.dataset.valid.inputs
-    gap = shrink.verify(jax.jit(_logits(masked)), masked.params, jax.jit(_logits(small)), small.params, inputs)
+    inputs = bench.dataset.valid.take(slice(None))["inputs"]
+    forward = lambda net: jax.jit(lambda both, inputs: _logits(net.model)(both[0], both[1], inputs))
+    both = lambda net: (net.params, net.model_state)
+    gap = shrink.verify(forward(masked), both(masked), forward(small), both(small), inputs)
     logging.info("compact: %s; outputs differ from the masked model's by %.1e", sizes, gap)
     return small

@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import optax
 
 from bmjax import config as configs
 from bmjax import data, prune, trees
 from bmjax.config import field, within
 from bmjax.distill import Distill
-from bmjax.jobs import common
-from bmjax.jobs.common import Net, Terms
+from bmjax.jobs import architecture, common
+from bmjax.jobs.common import EXPORT, Net, Terms
 from bmjax.losses import Task
 from bmjax.models import Plain
 from bmjax.train.run import Bench, Run
+from bmjax.types import LossTerm, View
 
-EXPORT, RESULTS, TEST = "export", "results.json", "test.npz"
+RESULTS, TEST = "results.json", "test.npz"
+Transform = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (optimiser, steps) -> optimiser
 
 
 @dataclasses.dataclass
 class Teacher:
-    """A teacher, and what is learned from it."""
+    """A teacher, and what is learned from it. From the command line: `--config.teacher.pretrained=<folder>` is enough."""
 
-    model: Any = field(Plain(), "the teacher's architecture")
-    pretrained: str = field("", "folder of an export with its parameters; empty trains it first, on the same data")
+    model: Any = field(
+        None, "the teacher's architecture; none takes the pretrained export's own", kinds=architecture.optional_kinds()
+    )
+    pretrained: str = field("", "export (or workdir) with its parameters; empty trains it first, on the same data")
     run: Run = field(Run(), "training of the teacher")
     distill: Distill = field(Distill(), "how the student learns from it")
+
+    def validate(self) -> None:
+        """Raises ValueError where there is nothing to make a teacher of."""
+        if self.model is None and not self.pretrained:
+            raise ValueError("a teacher needs pretrained=<export or workdir>, or a model to train first, as in model=Residual")
 
 
 @dataclasses.dataclass
@@ -39,12 +49,47 @@ class Config:
     seed: int = field(0, "of parameters, shuffling and augmentation", check=within(0, 2**32, open_high=True))
     machine: common.Machine = field(common.Machine(), "devices and logs")
     data: data.Data = field(data.Data(), "examples")
-    model: Any = field(Plain(), "what is trained; the preset chooses its kind")
+    model: Any = field(Plain(), "what is trained, or a function (shape, classes) -> Model", kinds=architecture.kinds())
     task: Task = field(Task(), "the loss against the labels")
+    terms: dict[str, tuple[float, LossTerm]] = field({}, "your own loss terms, {name: (weight, term)}, added to the objective")
     run: Run = field(Run(), "how long, and with what optimiser")
+    transform: Transform | list[Transform] | None = field(
+        None, "your own (optimiser, steps) -> optimiser, one or a list in order; pruning comes after it"
+    )
+    views: list[View] = field([], "your own (params, opt_state, step) -> params: what the forward pass sees")
     prune: prune.Sparsity = field(prune.Sparsity(), "pruning of single weights")
-    teacher: Teacher | None = field(None, "distillation; the preset gives a teacher or none")
+    teacher: Teacher | None = field(
+        None, "distillation; any flag below it turns it on", kinds={"none": lambda: None, "teacher": Teacher}
+    )
     predict: bool = field(False, "run the exported file on the test split with experiments.predict, and write predictions.csv")
+    code: dict[str, str] = configs.recorded("SHA-256 of the config file and of the modules beside it that it imports")
+
+    def wrap(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """The optimiser with the user's transforms and pruning, for a run of `steps` updates.
+
+        Raises:
+            ValueError: a transform returns no optax transform.
+        """
+        own = self.transform if isinstance(self.transform, list) else [self.transform] if self.transform else []
+        for transform in own:
+            tx = transform(tx, steps)
+            if not (hasattr(tx, "init") and hasattr(tx, "update")):
+                raise ValueError(f"config.transform returned {type(tx).__name__}; expected an optax transform")
+        return self.prune.after(tx, steps)
+
+    def objective(self) -> tuple[Terms, Terms]:
+        """(the terms of labels alone, all terms that the model is trained on).
+
+        Raises:
+            ValueError: a term of the user's has the name of another.
+        """
+        plain = {"ce": (1.0, self.task.term())}
+        whole = plain if self.teacher is None else self.teacher.distill.terms(self.task.term())
+        if taken := set(whole) & set(self.terms):
+            raise ValueError(
+                f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name"
+            )
+        return plain, {**whole, **self.terms}
 
 
 def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]:
@@ -56,27 +101,31 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         ValueError: the config does not fit the data or the devices, the workdir holds another config's run, or training diverged.
     """
     with common.bench(config, workdir) as bench:
-        model, tutor = config.model.build(bench.dataset.shape, bench.dataset.classes), config.teacher
-        plain = {"ce": (1.0, config.task.term())}
-        terms = plain if tutor is None else tutor.distill.terms(config.task.term())
+        model, tutor = architecture.build(config.model, bench.dataset), config.teacher
+        plain, terms = config.objective()
         name = "model" if tutor is None else "student"
+        views = tuple(config.views)
         teacher = None if tutor is None else _teacher(bench, tutor, plain)
-        common.check(bench, model, terms, config.run, teacher=teacher, wrap=config.prune.after)
-        configs.write_resolved(config, workdir)
+        common.check(bench, model, terms, config.run, teacher=teacher, wrap=config.wrap, views=views)
+        common.record(config, bench)
         if tutor is not None and teacher is not None and not tutor.pretrained:
             teacher = common.train(bench, "teacher", teacher.model, plain, tutor.run)
-        net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=config.prune.after)
+        net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=config.wrap, views=views)
         nets = {name: net} if teacher is None else {"teacher": teacher, name: net}
-        common.ship(bench, net, workdir / EXPORT, {"config": configs.fingerprint(config)})
+        common.ship(bench, net, workdir / EXPORT, {"config": configs.fingerprint(config)}, config.model)
         _write_test(bench, workdir / TEST)
-        results = {"command": command, "models": [_measured(bench, name, net, teacher) for name, net in nets.items()]}
-        (workdir / RESULTS).write_text(json.dumps(results, indent=1), encoding="utf-8")
+        results = {
+            "command": command,
+            "kind": bench.dataset.kind,
+            "models": [_measured(bench, name, net, teacher) for name, net in nets.items()],
+        }
+        common.write_json(workdir / RESULTS, results)
         return results
 
 
 def _teacher(bench: Bench, tutor: Teacher, plain: Terms) -> Net:
     """The teacher from its export; its shapes alone, checked, where it is still to be trained."""
-    model = tutor.model.build(bench.dataset.shape, bench.dataset.classes)
+    model: Any = None if tutor.model is None else architecture.build(tutor.model, bench.dataset)
     if tutor.pretrained:
         return common.load(bench, model, tutor.pretrained)
     common.check(bench, model, plain, tutor.run)
@@ -84,11 +133,13 @@ def _teacher(bench: Bench, tutor: Teacher, plain: Terms) -> Net:
 
 
 def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[str, Any]:
+    """The figures of one model: the test split's under "metrics", and those to choose by under "valid"."""
     kernels = [leaf for path, leaf in trees.paths(net.params).items() if path.endswith("kernel")]
     zeros = sum(int(np.sum(np.asarray(leaf) == 0)) for leaf in kernels)
     return {
         "name": name,
         **common.scores(common.evaluate(bench, net, bench.dataset.test, teacher)),
+        "valid": common.scalars(common.evaluate(bench, net, bench.dataset.valid).summary),
         "parameters": trees.size(net.params),
         "sparsity": zeros / max(trees.size(kernels), 1),
         "train_steps": net.steps,
@@ -96,6 +147,6 @@ def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[st
 
 
 def _write_test(bench: Bench, path: pathlib.Path) -> None:
-    dataset = bench.dataset
-    raw = dataset.test.inputs * dataset.scale + dataset.offset
-    np.savez(path, inputs=raw.astype(np.float32), targets=dataset.test.targets)
+    split = bench.dataset.test
+    arrays: dict[str, Any] = {**split.extra, "inputs": bench.dataset.raw(split), "targets": split.targets}
+    np.savez(path, **arrays)

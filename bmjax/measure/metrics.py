@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
-
-from bmjax.types import Batch
 
 
 class Tally(NamedTuple):
@@ -35,25 +30,6 @@ class Tally(NamedTuple):
     count: Any  # type: ignore[assignment]  # shadows tuple.count, on purpose
 
 
-class Evaluation(NamedTuple):
-    """The result of `evaluate`: the figures, and item by item in the order of the ids, so that two models' results pair.
-
-    Attributes:
-        summary: see `summary`.
-        predictions, targets, ids: int [n]; n counts examples, or tokens for logits [B, T, classes].
-    """
-
-    summary: dict[str, Any]
-    predictions: np.ndarray
-    targets: np.ndarray
-    ids: np.ndarray
-
-    @property
-    def correct(self) -> np.ndarray:
-        """Bool [n]."""
-        return self.predictions == self.targets
-
-
 def tally(
     logits: jax.Array, targets: jax.Array, weights: jax.Array, teacher_logits: jax.Array | None = None, bins: int = 15
 ) -> Tally:
@@ -68,7 +44,8 @@ def tally(
     """
     classes = logits.shape[-1]
     logits = logits.reshape(-1, classes).astype(jnp.float32)
-    kept = weights.reshape(-1) > 0
+    weights = weights.reshape(weights.shape + (1,) * (targets.ndim - weights.ndim))
+    kept = jnp.broadcast_to(weights > 0, targets.shape).reshape(-1)
     # Padding, and labels that are no class, go out of range, where a scatter drops them; `summary` finds the latter missing.
     targets = targets.reshape(-1)
     valid = kept & (targets >= 0) & (targets < classes)
@@ -138,81 +115,6 @@ def summary(tally: Tally) -> dict[str, Any]:
         "confusion": confusion.tolist(),
         "count": count,
     }
-
-
-def evaluate(
-    logits_fn: Callable[[Batch], jax.Array],
-    batches: Iterable[Batch],
-    *,
-    classes: int,
-    teacher_logits_fn: Callable[[Batch], jax.Array] | None = None,
-) -> Evaluation:
-    """Scores a model on batches, one step in flight; padding (weight 0) is dropped.
-
-    Args:
-        logits_fn: batch -> logits [B, classes] or [B, T, classes]; jitted by the caller.
-        batches: dicts with "inputs", "targets", "weights" (0 or 1) and "id", on the host or on devices.
-        classes: number of classes of the data.
-        teacher_logits_fn: like logits_fn, for the agreement with the teacher.
-
-    Raises:
-        ValueError: no batches, or a model whose logits have other classes; further as `summary`.
-    """
-    total: Tally | None = None
-    columns: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-
-    def collect(results: tuple[Tally, jax.Array, Batch]) -> None:
-        nonlocal total
-        counted, predictions, batch = jax.device_get(results)
-        total = counted if total is None else add(total, counted)
-        columns.append(_kept(predictions, batch))
-
-    waiting = None
-    for batch in batches:
-        if waiting is None:
-            _check_classes(logits_fn, batch, classes)
-        logits = logits_fn(batch)
-        teacher = None if teacher_logits_fn is None else teacher_logits_fn(batch)
-        labels = {name: batch[name] for name in ("targets", "weights", "id")}
-        results = _score(getattr(logits, "sharding", None))(logits, labels, teacher)
-        if waiting is not None:
-            collect(waiting)
-        waiting = results
-    if waiting is None:
-        raise ValueError("the evaluation split is empty: it gave no batch")
-    collect(waiting)
-    assert total is not None
-    predictions, targets, ids = (np.concatenate(column) for column in zip(*columns))
-    order = np.argsort(ids, kind="stable")
-    return Evaluation(summary(total), predictions[order], targets[order], ids[order])
-
-
-@functools.lru_cache(maxsize=8)
-def _score(sharding: Any) -> Callable[..., tuple[Tally, jax.Array, dict[str, jax.Array]]]:
-    """The jitted scoring of one batch; on a mesh everything comes back replicated, so that each process can read it."""
-
-    def score(
-        logits: jax.Array, labels: dict[str, jax.Array], teacher: jax.Array | None
-    ) -> tuple[Tally, jax.Array, dict[str, jax.Array]]:
-        return tally(logits, labels["targets"], labels["weights"], teacher), jnp.argmax(logits, axis=-1), labels
-
-    if isinstance(sharding, NamedSharding):
-        return jax.jit(score, out_shardings=NamedSharding(sharding.mesh, PartitionSpec()))
-    return jax.jit(score)
-
-
-def _check_classes(logits_fn: Callable[[Batch], jax.Array], batch: Batch, classes: int) -> None:
-    found = jax.eval_shape(logits_fn, batch).shape
-    if found[-1] != classes or found[:-1] != np.shape(batch["targets"]):
-        expected = [*np.shape(batch["targets"]), classes]
-        raise ValueError(f"the model gives logits of shape {list(found)}, but the data needs {expected}: do the classes agree?")
-
-
-def _kept(predictions: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(predictions, targets, ids) of the items that are not padding; a token has its example's id."""
-    kept = batch["weights"] > 0
-    ids = np.broadcast_to(batch["id"].reshape(batch["id"].shape + (1,) * (kept.ndim - 1)), kept.shape)
-    return predictions[kept], batch["targets"][kept], ids[kept]
 
 
 def _precision_recall_f1(confusion: np.ndarray) -> tuple[dict[str, dict[str, float]], list[dict[str, float]]]:

@@ -44,7 +44,7 @@ class PlainMLP(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False, capture: tuple[str, ...] = ()) -> Outputs:
         """See `Model.apply`."""
-        inputs, ids = batch["inputs"], batch.get("id")
+        inputs = batch["inputs"]
         x = inputs.reshape(inputs.shape[0], -1)
         features = {}
         for i, size in enumerate(self.hidden):

@@ -10,21 +10,9 @@ import flax.linen as nn
 import jax
 
 from bmjax.config import field
+from bmjax.models.attention import Attention
 from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
 from bmjax.types import Batch, Outputs
-
-
-class _Attention(nn.Module):
-    heads: int
-    head_dim: int
-
-    @nn.compact
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        q_bthk, k_bthk, v_bthk = (
-            nn.DenseGeneral((self.heads, self.head_dim), name=name)(x_btd) for name in ("query", "key", "value")
-        )
-        out_bthk = jax.nn.dot_product_attention(q_bthk, k_bthk, v_bthk)
-        return nn.DenseGeneral(x_btd.shape[-1], axis=(-2, -1), name="out")(out_bthk)
 
 
 class _Block(nn.Module):
@@ -37,7 +25,7 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y = _Attention(self.heads, self.head_dim, name="attention")(nn.LayerNorm(name="norm_attention")(x))
+        y = Attention(self.heads, self.head_dim, name="attention")(nn.LayerNorm(name="norm_attention")(x))
         attention = Dropout(self.dropout)(y, ids, self.train)
         x = x + attention
         y = nn.gelu(nn.Dense(self.neurons, name="up")(nn.LayerNorm(name="norm_mlp")(x)))

@@ -1,7 +1,7 @@
 """Sums over the shards of the batch, for code that does not know which executor runs it.
 
-Inside the replicated executor each device sees its own rows, and these are real collectives; where the compiler splits
-the arrays itself, the code sees the whole batch and they are the identity.
+Where an executor splits the batch by hand, each device sees its own rows, and these are real collectives; where the compiler
+splits the arrays itself, the code sees the whole batch and they are the identity.
 """
 
 from __future__ import annotations
@@ -14,18 +14,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 _axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("batch axis", default=None)
+_inner: contextvars.ContextVar[str | None] = contextvars.ContextVar("inner axis", default=None)
 
 
 @contextlib.contextmanager
-def over(axis: str | None) -> Iterator[None]:
-    """While tracing inside, the collectives run over this manual mesh axis (None: they are the identity)."""
-    token = _axis.set(axis)
+def over(axis: str | None, inner: str | None = None) -> Iterator[None]:
+    """While tracing inside, the collectives run over this manual mesh axis (None: they are the identity).
+
+    Args:
+        axis: splits the batch by hand.
+        inner: an automatic axis that splits each shard's rows further; see `rows`.
+    """
+    tokens = _axis.set(axis), _inner.set(inner)
     try:
         yield
     finally:
-        _axis.reset(token)
+        _axis.reset(tokens[0])
+        _inner.reset(tokens[1])
+
+
+def shards() -> int:
+    """In how many parts the batch is split by hand."""
+    axis = _axis.get()
+    return 1 if axis is None else lax.axis_size(axis)
+
+
+def rows(tree: Any) -> Any:
+    """Arrays [B, ...] split over their rows and nothing else, where the mesh has automatic axes beside a manual one.
+
+    There the compiler aborts on indexing along an axis that it has split (the label's logit out of a head over `tensor`).
+    """
+    inner = _inner.get()
+    if inner is None:
+        return tree
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, PartitionSpec(inner)), tree)
 
 
 def _varies(x: jax.Array, axis: str) -> bool:
@@ -34,10 +59,21 @@ def _varies(x: jax.Array, axis: str) -> bool:
     return axis in (kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
 
 
-def psum(tree: Any) -> Any:
-    """Sum over all shards of the batch. The result is the same on every shard."""
+def differs(x: jax.Array) -> bool:
+    """True if the shards of the batch may hold different values of it."""
     axis = _axis.get()
-    return tree if axis is None else lax.psum(vary(tree), axis)
+    return axis is not None and _varies(x, axis)
+
+
+def psum(tree: Any) -> Any:
+    """Sum over all shards of the batch, of bfloat16 in float32. The result is the same on every shard."""
+    axis = _axis.get()
+    if axis is None:
+        return tree
+    tree = jax.tree.map(jnp.asarray, tree)
+    # Besides what rounding loses: a bfloat16 all-reduce beside automatic axes aborts the CPU compiler.
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, vary(tree))
+    return jax.tree.map(lambda total, x: total.astype(x.dtype), lax.psum(wide, axis), tree)
 
 
 def pmean(tree: Any) -> Any:
@@ -47,9 +83,16 @@ def pmean(tree: Any) -> Any:
 
 
 def all_gather(tree: Any) -> Any:
-    """All shards of the batch, concatenated along axis 0 in the global order."""
+    """All shards of the batch, concatenated along axis 0 in the global order. The result is the same on every shard."""
     axis = _axis.get()
-    return tree if axis is None else jax.tree.map(lambda x: lax.all_gather(x, axis, tiled=True), vary(tree))
+    if axis is None:
+        return tree
+
+    def gather(x: jax.Array) -> jax.Array:
+        # `pmap` does not track what varies; there only the varying kind has the right gradient.
+        return lax.all_gather(x, axis, tiled=True, to="invarying" if _varies(x, axis) else "varying")
+
+    return jax.tree.map(gather, vary(tree))
 
 
 def vary(tree: Any) -> Any:
@@ -58,21 +101,6 @@ def vary(tree: Any) -> Any:
     if axis is None:
         return tree
     return jax.tree.map(lambda x: x if _varies(x, axis) else lax.pcast(x, axis, to="varying"), tree)
-
-
-def invariant(tree: Any) -> Any:
-    """Marks values that every shard computed alike (from gathered or summed inputs) as replicated."""
-    axis = _axis.get()
-    if axis is None:
-        return tree
-
-    def same(x: jax.Array) -> jax.Array:
-        if not _varies(x, axis):
-            return x
-        # The largest of equal values is that value, exactly, in every dtype.
-        return lax.pmax(x.astype(jnp.int8), axis).astype(bool) if x.dtype == bool else lax.pmax(x, axis)
-
-    return jax.tree.map(same, tree)
 
 
 def moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

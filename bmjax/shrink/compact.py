@@ -1,4 +1,4 @@
-"""Cuts the dropped elements of groups out of the parameters."""
+"""Cuts the dropped elements of groups out of the parameters, and out of the state that belongs to them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from bmjax import trees
 from bmjax.trace import counts
-from bmjax.types import Group, Params
+from bmjax.types import Group, Member, Params
 
 
 def sizes(groups: Sequence[Group], keeps: Mapping[str, Any]) -> dict[str, int]:
@@ -39,20 +39,40 @@ def compact(params: Params, groups: Sequence[Group], keeps: Mapping[str, Any]) -
     Raises:
         ValueError: as `sizes`; or a member is not in `params`.
     """
+    return _compact(params, groups, keeps, lambda group: group.members, "parameter")
+
+
+def compact_state(state: Params, groups: Sequence[Group], keeps: Mapping[str, Any]) -> Params:
+    """The model's state without what belongs to dropped elements: the batch statistics of the channels that stay.
+
+    Args:
+        state: tree of arrays; {} for a model without.
+        groups, keeps: as for `compact`, of a model that was traced with its state.
+
+    Raises:
+        ValueError: as `sizes`; or a member is not in `state`.
+    """
+    return _compact(state, groups, keeps, lambda group: group.state, "part of the state")
+
+
+def _compact(
+    tree: Any, groups: Sequence[Group], keeps: Mapping[str, Any], members: Callable[[Group], tuple[Member, ...]], kind: str
+) -> Any:
+    """The tree without the positions that the dropped elements' members have in it."""
     counts(groups, keeps)
-    leaves = trees.paths(params)
+    leaves = trees.paths(tree)
     cuts: dict[str, dict[int, np.ndarray]] = {}
     for group in groups:
         if group.name not in keeps:
             continue
         keep = np.asarray(keeps[group.name], bool)
-        for path, axis, index in group.members:
+        for path, axis, index in members(group):
             if path not in leaves:
-                raise ValueError(f"group {group.name!r} has the member {path!r}, which is no parameter")
+                raise ValueError(f"group {group.name!r} has the member {path!r}, which is no {kind}")
             kept = _positions_kept(keep, index, leaves[path].shape[axis])
             axes = cuts.setdefault(path, {})
             axes[axis] = axes[axis] & kept if axis in axes else kept
-    return trees.replace(params, {path: _cut(leaves[path], axes) for path, axes in cuts.items()})
+    return trees.replace(tree, {path: _cut(leaves[path], axes) for path, axes in cuts.items()})
 
 
 def _positions_kept(keep: np.ndarray, index: np.ndarray, length: int) -> np.ndarray:

@@ -19,12 +19,13 @@ def groups(
     params: Params,
     *args: Any,
     names: Mapping[str, tuple[str, int]] | None = None,
+    state: Params | None = None,
     check: bool = True,
 ) -> tuple[Group, ...]:
     """The groups of axes of `fn(params, *args)` that can shrink together; those with an empty `note` are exact.
 
     Args:
-        fn, params, args, names: as for `trace`.
+        fn, params, args, names, state: as for `trace`.
         check: replay the function with half the elements removed, on random parameters and inputs, and note where the outputs
             differ from those with the same elements masked. A function that computes in bfloat16 is checked to a tenth only: let
             it compute in float32 here.
@@ -32,8 +33,8 @@ def groups(
     Raises:
         ValueError: as `trace`.
     """
-    traced = trace(fn, params, *args, names=names)
-    found = inexact(traced, params, *args) if check else {}
+    traced = trace(fn, params, *args, names=names, state=state)
+    found = inexact(traced, params, *args, state=state) if check else {}
     return tuple(
         group._replace(note=f"masking is not removing here: outputs differ by {found[group.name]}")
         if group.name in found
@@ -42,7 +43,7 @@ def groups(
     )
 
 
-def inexact(traced: Traced, params: Params, *args: Any) -> dict[str, str]:
+def inexact(traced: Traced, params: Params, *args: Any, state: Params | None = None) -> dict[str, str]:
     """{group name: by how much it differs} for groups without a note that a replay on random numbers disproves.
 
     Half the elements of all groups are removed together; only where the outputs differ are the groups halved and tried again.
@@ -50,9 +51,9 @@ def inexact(traced: Traced, params: Params, *args: Any) -> dict[str, str]:
     Args:
         traced: of the function.
         params: tree of arrays or ShapeDtypeStructs; only shapes and dtypes are used where they are floats.
-        args: as traced, likewise.
+        args, state: as traced, likewise.
     """
-    check = _Check(traced, _random(params, 0, _weight_scale), _random(args, 1, lambda shape: 1.0))
+    check = _Check(traced, _random(params, 0, _weight_scale), _random(args, 1, lambda shape: 1.0), _random_state(state))
     tolerance = _tolerance(traced)
     found: dict[str, str] = {}
 
@@ -77,8 +78,8 @@ def _tolerance(traced: Traced) -> float:
 class _Check:
     """Compares masked with replayed outputs on given numbers."""
 
-    def __init__(self, traced: Traced, params: Params, args: tuple[Any, ...]):
-        self.traced, self.params, self.args = traced, params, args
+    def __init__(self, traced: Traced, params: Params, args: tuple[Any, ...], state: Params | None):
+        self.traced, self.params, self.args, self.state = traced, params, args, state
         self.whole = jax.jit(traced.replay({}))
         self.rng = np.random.default_rng(2)
 
@@ -88,9 +89,13 @@ class _Check:
         mask = jax.jit(lambda keeps: masks(groups, keeps, self.params))(keeps)
         masked = jax.tree.map(lambda leaf, keep: np.where(keep, leaf, np.zeros((), leaf.dtype)), self.params, mask)
         small = jax.tree.map(_select, self.params, mask)
+        states: list[Any] = [(), ()]
+        if self.state is not None:
+            stay = masks([group._replace(members=group.state) for group in groups], keeps, self.state)
+            states = [(self.state,), (jax.tree.map(_select, self.state, stay),)]
         outputs = (
-            jax.tree.leaves(self.whole(masked, *self.args)),
-            jax.tree.leaves(jax.jit(self.traced.replay(keeps))(small, *self.args)),
+            jax.tree.leaves(self.whole(masked, *states[0], *self.args)),
+            jax.tree.leaves(jax.jit(self.traced.replay(keeps))(small, *states[1], *self.args)),
         )
         expected, found = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in leaves]) for leaves in outputs)
         difference = np.abs(expected - found).max() / max(np.abs(expected).max(), np.finfo(np.float32).tiny)
@@ -124,6 +129,18 @@ def _random(tree: Any, seed: int, scale: Callable[[tuple[int, ...]], float]) -> 
         return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
 
     return jax.tree.map(draw, tree)
+
+
+def _random_state(state: Params | None) -> Params | None:
+    """Positive floats, as a variance must be."""
+    rng = np.random.default_rng(3)
+
+    def draw(leaf: Any) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(leaf.dtype)
+        return np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else leaf
+
+    return jax.tree.map(draw, state)
 
 
 def _weight_scale(shape: tuple[int, ...]) -> float:

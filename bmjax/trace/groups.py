@@ -14,6 +14,7 @@ from bmjax.trace.replay import Replay
 from bmjax.trace.rules import RULES, UNKNOWN
 from bmjax.trace.terms import Atom, Axes, atoms, freeze, fresh, positions, resolve
 from bmjax.trace.walk import Frame, Tracer
+from bmjax.trace.windows import WINDOWS
 from bmjax.types import Group, Member, Params
 
 _UNUSED = "the function does not use it"
@@ -47,6 +48,8 @@ class Traced:
     def replay(self, keeps: Mapping[str, Any]) -> Callable[..., Any]:
         """The same function at the sizes that are left: `(compacted params, *args) -> output`.
 
+        If a state was traced, it is `(compacted params, compacted state, *args) -> output`.
+
         Calls are inlined, so remat and custom derivatives are gone: it is for inference and checks. The args have the shapes
         that were traced.
 
@@ -59,8 +62,8 @@ class Traced:
         replay = Replay({self._atoms[name]: count for name, count in counts(self.groups, keeps).items()})
         expected = [replay.shape(axes) for axes in self._in_axes]
 
-        def run(params: Params, *args: Any) -> Any:
-            leaves = jax.tree.leaves((params, args))
+        def run(*args: Any) -> Any:
+            leaves = jax.tree.leaves(args)
             if len(leaves) != len(expected):
                 raise ValueError(f"{len(leaves)} arrays were given; the traced function has {len(expected)}")
             for name, leaf, shape in zip(self._in_names, leaves, expected):
@@ -71,8 +74,14 @@ class Traced:
         return run
 
 
-def trace(fn: Callable[..., Any], params: Params, *args: Any, names: Mapping[str, tuple[str, int]] | None = None) -> Traced:
-    """The groups of `fn(params, *args)`, without running it.
+def trace(
+    fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    names: Mapping[str, tuple[str, int]] | None = None,
+    state: Params | None = None,
+) -> Traced:
+    """The groups of `fn(params, *args)`, or with a state of `fn(params, state, *args)`, without running it.
 
     Every axis that reaches an argument or an output is frozen, so let `fn` return what must not change (the logits) and no
     more. Batch and time should be longer than 1.
@@ -83,22 +92,24 @@ def trace(fn: Callable[..., Any], params: Params, *args: Any, names: Mapping[str
         args: pytrees of arrays or ShapeDtypeStructs.
         names: {name: (path, axis)}, as in `Model.axes`. The group with that axis gets the name; where an axis merges several
             groups, the outermost does.
+        state: tree of arrays that are no parameters and shrink with them, such as batch statistics; {} where there are none.
 
     Raises:
         ValueError: a name points at no axis, or two names at one group.
     """
-    leaves = trees.paths(params)
-    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(params, *args)
+    given = (params, *(() if state is None else (state,)), *args)
+    closed, out_shape = jax.make_jaxpr(fn, return_shape=True)(*given)
     in_axes = [fresh(var.aval.shape) for var in closed.jaxpr.invars]
-    param_axes = dict(zip(leaves, in_axes))
-    for term in (term for axes in in_axes[len(leaves) :] for term in axes):
+    leaves, stateful, rest = trees.paths(params), trees.paths(state), iter(in_axes)
+    param_axes, state_axes = dict(zip(leaves, rest)), dict(zip(stateful, rest))
+    for term in (term for axes in rest for term in axes):
         freeze(term, "it meets an axis of an argument")
-    tracer = Tracer(RULES, UNKNOWN)
+    tracer = Tracer(RULES | WINDOWS, UNKNOWN)
     frame = tracer.walk(closed.jaxpr, closed.consts, in_axes)
     for term in (term for axes in frame.outs for term in axes):
         freeze(term, "it reaches an output")
     _freeze_unused(frame, param_axes)
-    groups, owners = _collect(frame, param_axes, names or {})
+    groups, owners = _collect(frame, param_axes, state_axes, names or {})
     frozen = _frozen(param_axes)
     for name, place in (names or {}).items():
         if name not in owners:
@@ -110,7 +121,7 @@ def trace(fn: Callable[..., Any], params: Params, *args: Any, names: Mapping[str
         frame,
         owners,
         in_axes,
-        (*leaves, *(f"argument {path}" for path in trees.paths(args))),
+        (*leaves, *(f"state {path}" for path in stateful), *(f"argument {path}" for path in trees.paths(args))),
         jax.tree.structure(out_shape),
     )
 
@@ -171,22 +182,31 @@ def _frozen(param_axes: Mapping[str, Axes]) -> dict[tuple[str, int], str]:
 
 
 def _collect(
-    frame: Frame, param_axes: Mapping[str, Axes], names: Mapping[str, tuple[str, int]]
+    frame: Frame, param_axes: Mapping[str, Axes], state_axes: Mapping[str, Axes], names: Mapping[str, tuple[str, int]]
 ) -> tuple[tuple[Group, ...], dict[str, Atom]]:
     """All groups, and the atom of each."""
+    members, state = _members(param_axes), _members(state_axes)
+    first = {atom: [param_axes[member.path][0] for member in found] for atom, found in members.items()}
+    for atom in first.keys() & state.keys():
+        first[atom] += [state_axes[member.path][0] for member in state[atom]]
+    stacks = _stacks(frame, first)
+    labels = _labels(members, names, param_axes)
+    groups = [
+        Group(labels[atom], atom.size, stacks.get(atom, 0), tuple(found), "; ".join(atom.notes), tuple(state.get(atom, ())))
+        for atom, found in members.items()
+    ]
+    return tuple(groups), {labels[atom]: atom for atom in members}
+
+
+def _members(axes_of: Mapping[str, Axes]) -> dict[Atom, list[Member]]:
+    """{atom: where it is} for all atoms of which something may be removed."""
     members: dict[Atom, list[Member]] = {}
-    for path, axes in param_axes.items():
+    for path, axes in axes_of.items():
         for axis, term in enumerate(axes):
             for atom, index in positions(term, np.arange(term.size)[:, None]):
                 if atom.size > 1 and not atom.frozen:
                     members.setdefault(atom, []).append(Member(path, axis, index))
-    stacks = _stacks(frame, param_axes, members)
-    labels = _labels(members, names, param_axes)
-    groups = [
-        Group(labels[atom], atom.size, stacks.get(atom, 0), tuple(found), "; ".join(atom.notes))
-        for atom, found in members.items()
-    ]
-    return tuple(groups), {labels[atom]: atom for atom in members}
+    return members
 
 
 def _labels(
@@ -211,10 +231,14 @@ def _labels(
     return labels
 
 
-def _stacks(frame: Frame, param_axes: Mapping[str, Axes], members: Mapping[Atom, list[Member]]) -> dict[Atom, int]:
+def _stacks(frame: Frame, first_axes: Mapping[Atom, Axes]) -> dict[Atom, int]:
     """{atom: layers} for groups whose elements each layer of a scan may choose for itself.
 
     That holds if every value outside the scan's body that has the atom has the scanned axis too, and every member has it first.
+
+    Args:
+        frame: the function.
+        first_axes: {atom of a group: axis 0 of each array that has a member}.
     """
     layers = {resolve(body.layers) for body in _bodies(frame) if body.layers is not None}
     shared: dict[Any, set[Atom]] = {layer: set() for layer in layers}
@@ -224,8 +248,8 @@ def _stacks(frame: Frame, param_axes: Mapping[str, Axes], members: Mapping[Atom,
             if layer not in inside and layer not in terms:
                 shared[layer].update(atom for term in terms for atom in atoms(term))
     found = {}
-    for atom, places in members.items():
-        first = {resolve(param_axes[member.path][0]) for member in places}
+    for atom, axes in first_axes.items():
+        first = {resolve(term) for term in axes}
         layer = first.pop()
         if not first and layer in layers and layer is not atom and atom not in shared[layer]:
             found[atom] = layer.size

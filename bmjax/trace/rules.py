@@ -291,6 +291,27 @@ def _gather(tracer: Tracer, equation: Equation) -> list[Axes]:
     return [out]
 
 
+@rule("rev")
+def _rev(tracer: Tracer, equation: Equation) -> list[Axes]:
+    """Position i becomes the last but i: what is left would not lie where it did."""
+    (axes,) = equation.ins
+    for i in equation.params["dimensions"]:
+        freeze(axes[i], "it is reversed")
+    return [axes]
+
+
+@rule("dynamic_slice", replay=_replay_gather)
+def _dynamic_slice(tracer: Tracer, equation: Equation) -> list[Axes]:
+    """An axis taken whole passes; one that is cut at a computed place is frozen."""
+    operand, why = equation.ins[0], "it is sliced at a computed place"
+    out = []
+    for term, size, part in zip(operand, equation.in_shapes[0], equation.params["slice_sizes"]):
+        if part != size:
+            freeze(term, why)
+        out.append(term if part == size else Atom(part, why))
+    return [out]
+
+
 # Inner jaxprs
 
 

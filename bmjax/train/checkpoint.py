@@ -167,6 +167,32 @@ class Checkpoints:
         return None
 
 
+def read(directory: pathlib.Path | str, *, step: int | None = None, best: bool = False) -> Restored:
+    """A committed checkpoint as {path: NumPy array}, without a state to fit it to; changes nothing on the disk.
+
+    Args:
+        directory: as `Checkpoints` takes it.
+        step: which one; None is the newest.
+        best: the best one by its metric instead.
+
+    Raises:
+        ValueError: there is no such checkpoint, or a file of it is missing or altered (names it).
+    """
+    with Checkpoints(directory) as checkpoints:
+        there, ranked = checkpoints.steps(), checkpoints._by_metric()
+    if not there:
+        raise ValueError(f"{directory} holds no checkpoint; was the run stopped before it saved one?")
+    if best and not ranked:
+        raise ValueError(f"no checkpoint in {directory} has a metric; name a step: {', '.join(map(str, there))}")
+    chosen = ranked[0] if best else there[-1] if step is None else step
+    if chosen not in there:
+        raise ValueError(f"{directory} holds no checkpoint of step {chosen}; there are {', '.join(map(str, there))}")
+    folder = pathlib.Path(directory).absolute() / f"{chosen:08d}"
+    data = manifest.verify(folder)
+    abstract = {path: jax.ShapeDtypeStruct(tuple(shape), dtype) for path, (shape, dtype) in data["arrays"].items()}
+    return Restored(jax.device_get(_load(folder, abstract, data["arrays"])), chosen, data["metadata"])
+
+
 def _load(folder: pathlib.Path, abstract: Any, saved: Mapping[str, Any]) -> Any:
     """The arrays of a verified folder in the structure and shardings of `abstract`."""
     wanted = trees.paths(abstract)

@@ -16,6 +16,8 @@ from absl import logging
 
 from bmjax import trees
 from bmjax.config import at_least, field
+from bmjax.train.profile import Profile
+from bmjax.train.throughput import Meter
 from bmjax.types import TrainState
 
 
@@ -83,16 +85,84 @@ def _diverged(what: str, metrics: Mapping[str, jax.Array], checkpoints: Any) -> 
     return ValueError(f"{what} ({terms}); {kept}; look at that batch, or lower the learning rate or clip the gradient")
 
 
-def _floats(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    return {key: float(value) for key, value in jax.device_get(dict(metrics)).items()}
+def _guarded(step: Callable[..., Any]) -> Callable[..., Any]:
+    """On an accelerator every transfer is meant: batches were put by the iterator, metrics are fetched by name."""
+    if jax.default_backend() == "cpu":
+        return step
 
+    def call(*arguments: Any) -> Any:
+        with jax.transfer_guard("disallow"):
+            return step(*arguments)
 
-def _no_transfers() -> Any:
-    return jax.transfer_guard("disallow")
+    return call
 
 
 def _due(every: int, done: int) -> bool:
     return every > 0 and done % every == 0
+
+
+@dataclasses.dataclass
+class _Host:
+    """What happens beside the steps; the attributes are the arguments of `fit`."""
+
+    name: str
+    every: Every
+    log: Any
+    progress: Callable[[int, float], None]
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    checkpoints: Any
+    best: str
+    meter: Meter | None
+    probed: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # what a line says beside the step's metrics
+
+    def probe(self, done: int, state: TrainState, last: bool) -> None:
+        """Has the device look at a state that a line will speak of, while it is still there: the next step takes it."""
+        if self.meter is not None and (last or _due(self.every.log, done)):
+            self.probed = self.meter.probe(state)
+
+    def look(
+        self, done: int, metrics: Mapping[str, jax.Array], *, newest: Mapping[str, Any] | None = None, last: bool = False
+    ) -> None:
+        """Waits for a step's loss, shows it, and logs the step if it is time; `newest` are the metrics of the step after it.
+
+        Raises ValueError if the loss is not finite.
+        """
+        self.progress(done, _loss(done, metrics, self.checkpoints))
+        logs = last or _due(self.every.log, done)
+        if not logs and (self.meter is None or self.meter.running):
+            return
+        speed = self._speed(done, newest)
+        if logs:
+            values = {name: float(value) for name, value in jax.device_get({**metrics, **self.probed}).items()}
+            self.log.scalars(done, {**values, **speed}, self.name)
+
+    def _speed(self, done: int, newest: Mapping[str, Any] | None) -> dict[str, float]:
+        if self.meter is None:
+            return {}
+        # The device may be done with the newest step as well: a CPU computes a small one within the call.
+        return self.meter.line(done + 1 if newest is not None and newest["loss"].is_ready() else done)
+
+    def settle(self, done: int, state: TrainState, metrics: Mapping[str, jax.Array], last: bool) -> bool:
+        """Evaluates and saves if it is time; returns whether it was, in which case the step has been looked at too."""
+        saves = last or _due(self.every.save, done)
+        evaluates = self.evaluate is not None and (last or _due(self.every.evaluate, done))
+        if not saves and not evaluates:
+            return False
+        self.look(done, metrics, last=last)
+        with self.aside():
+            if saves:  # only a state that is known to be good is saved
+                _check_parameters(done, state, metrics, self.checkpoints)
+            scores = None
+            if self.evaluate is not None and evaluates:
+                scores = self.evaluate(state)
+                self.log.scalars(done, {f"valid_{key}": value for key, value in scores.items()}, self.name)
+            if self.checkpoints is not None and saves:
+                self.checkpoints.save(done, state, metric=None if scores is None else scores[self.best])
+        return True
+
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Around what is no part of training, so that it does not count as slow steps."""
+        return contextlib.nullcontext() if self.meter is None else self.meter.paused()
 
 
 def fit(
@@ -108,6 +178,8 @@ def fit(
     evaluate: Callable[[TrainState], dict[str, float]] | None = None,
     checkpoints: Any = None,
     best: str = "accuracy",
+    meter: Meter | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains until `state.step` is `steps`.
 
@@ -126,6 +198,8 @@ def fit(
         evaluate: state -> metrics; the one called `best` decides the best checkpoint.
         checkpoints: a `train.checkpoint.Checkpoints`, or None to save nothing.
         best: see `evaluate`.
+        meter: adds its figures to the lines of the log.
+        profile: records some of the steps.
 
     Returns:
         The state after `steps` updates.
@@ -137,40 +211,45 @@ def fit(
     done = int(state.step)
     if done >= steps:
         return state
-    held: Mapping[str, jax.Array] | None = None
-    # On an accelerator every transfer is meant: batches were put by the iterator, metrics are fetched by name.
-    guard = contextlib.nullcontext if jax.default_backend() == "cpu" else _no_transfers
-    with _interrupts() as interrupted, log.progress(steps, done, name) as progress:
-        last = waited = False
-        while not last:
-            previous = held
-            batch = next(batches)
-            with guard():
-                state, held = step(state, frozen, batch)
-            if previous is not None:
-                progress(done, _loss(done, previous, checkpoints))
-                if _due(every.log, done) and not waited:
-                    log.scalars(done, _floats(previous), name)
-            done += 1
-            last = done == steps or interrupted()
-            saves = last or _due(every.save, done)
-            evaluates = evaluate is not None and (last or _due(every.evaluate, done))
-            waited = saves or evaluates
-            if waited:
-                progress(done, _loss(done, held, checkpoints))
-                if last or _due(every.log, done):
-                    log.scalars(done, _floats(held), name)
-            if saves:  # only a state that is known to be good is saved
-                _check_parameters(done, state, held, checkpoints)
-            scores = None
-            if evaluate is not None and evaluates:
-                scores = evaluate(state)
-                log.scalars(done, {f"valid_{key}": value for key, value in scores.items()}, name)
-            if checkpoints is not None and saves:
-                checkpoints.save(done, state, metric=None if scores is None else scores[best])
+    with _interrupts() as interrupted, log.progress(steps, done, name) as progress, profile or Profile("", "") as recording:
+        host = _Host(name, every, log, progress, evaluate, checkpoints, best, meter)
+        state, done = _train(step, state, frozen, batches, done, steps, host, recording, interrupted)
         if checkpoints is not None:
             checkpoints.wait()
         if interrupted():  # also where it came while the last step was evaluated and saved
             logging.warning("%s: stopped at step %d of %d; the same command goes on from here", name, done, steps)
             raise Stop
     return state
+
+
+def _train(
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
+    state: TrainState,
+    frozen: Any,
+    batches: Iterator[Any],
+    done: int,
+    steps: int,
+    host: _Host,
+    profile: Profile,
+    interrupted: Callable[[], bool],
+) -> tuple[TrainState, int]:
+    """The loop itself, from `done` updates on; returns the last state and how many there are then."""
+    step = _guarded(step)
+    take = next if host.meter is None else host.meter.next
+    host.probe(0, state, last=True)  # compiles it before the clock starts; what it says of this state no line asks for
+    late: tuple[int, Mapping[str, jax.Array]] | None = None  # a step that nobody has waited for yet
+    last = False
+    while not last:
+        batch = take(batches)
+        with profile.step(done):
+            state, metrics = step(state, frozen, batch)
+        if late is not None:
+            host.look(*late, newest=metrics)
+        done += 1
+        last = done == steps or interrupted()
+        host.probe(done, state, last)
+        if profile.due(done, last):
+            with host.aside():
+                profile.end(metrics)
+        late = None if host.settle(done, state, metrics, last) else (done, metrics)
+    return state, done

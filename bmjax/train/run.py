@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from bmjax import data, measure, parallel, trace
-from bmjax.config import at_least, field
+from bmjax.config import at_least, field, within
 from bmjax.parallel.rules import Rules
-from bmjax.train import loop
+from bmjax.train import executors, gradients, loop
 from bmjax.train.checkpoint import Checkpoints
 from bmjax.train.log import Log
 from bmjax.train.optimizer import Optimizer
+from bmjax.train.precision import COMPUTE_DTYPES
+from bmjax.train.profile import Profile, check_window
 from bmjax.train.step import Frozen, Problem, abstract_state, init_state, make_step
+from bmjax.train.throughput import Meter
 from bmjax.types import Batch, Model, Params, TrainState
 
 
 @dataclasses.dataclass
 class Run:
-    """How long, and with what optimiser."""
+    """How long, with what optimiser, and how the step is computed."""
 
     steps: int = field(600, "updates", check=at_least(1))
     accumulate: int = field(1, "microbatches a step", check=at_least(1))
+    microbatch_statistics: bool = field(False, "batch statistics and terms that relate examples may see single microbatches")
+    executor: str = field("auto", "who runs the gradient on the mesh", choices=executors.NAMES)
+    compute_dtype: str = field("float32", "of the forward and backward pass", choices=COMPUTE_DTYPES)
+    ema: float = field(
+        0.0,
+        "decay of a moving average of the parameters, which is then what is evaluated and exported; 0 keeps none",
+        check=within(0, 1, open_high=True),
+    )
+    clip_per_example: float = field(0.0, "largest norm of each example's own gradient; 0 does not clip", check=at_least(0))
+    norms: bool = field(False, "log the norms of gradient and update")
     optimizer: Optimizer = field(Optimizer(), "the update rule")
     augment: data.Augment = field(data.Augment(), "random changes of the training inputs")
     every: loop.Every = field(loop.Every(), "how often to log, evaluate and save")
+    profile: str = field("", "from:to, the steps to record in workdir/profile, as in 100:110; empty records none")
+
+    def validate(self) -> None:
+        """Raises ValueError if the steps to record are not some of the run's."""
+        check_window(self.profile, self.steps)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What a `Problem` takes of these settings, beside its optimisers."""
+        return {
+            "accumulate": self.accumulate,
+            "microbatch_statistics": self.microbatch_statistics,
+            "gradient": gradients.clipped_per_example(self.clip_per_example) if self.clip_per_example else gradients.mean(),
+            "compute_dtype": self.compute_dtype,
+            "ema": self.ema or None,
+            "norms": self.norms,
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +98,14 @@ class Bench:
 
 
 def fit(
-    bench: Bench, name: str, problem: Problem, run: Run, *, params: Params | None = None, frozen: Frozen = None
+    bench: Bench,
+    name: str,
+    problem: Problem,
+    run: Run,
+    *,
+    params: Params | None = None,
+    frozen: Frozen = None,
+    schedule: optax.Schedule | None = None,
 ) -> TrainState:
     """Trains, or goes on with, the run called `name`; returns its last state, partitioned over the mesh.
 
@@ -76,6 +116,7 @@ def fit(
         run: how long.
         params: model parameters to start from, instead of fresh ones.
         frozen: the teacher's {"params", "model_state"}.
+        schedule: step -> learning rate, to be logged; that of `problem.tx`.
 
     Raises:
         ValueError: the batch does not divide over the mesh; as `init_state`, `Checkpoints.restore` and `loop.fit`.
@@ -83,7 +124,7 @@ def fit(
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
     seed = stream(bench.seed, name)
     batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, run.augment)
-    rules, key, example = _rules(problem), jax.random.key(seed), bench.example()
+    rules, key, example = rules_of(problem.model), jax.random.key(seed), batches[0]
     abstract = abstract_state(problem, bench.mesh, rules, key, example, frozen=frozen)
     with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
         restored = checkpoints.restore(abstract)
@@ -95,20 +136,22 @@ def fit(
         bench.log.resume(start, name)
         if start >= run.steps:
             return state
-        # The step is dispatched before its batch is needed again, so preparing the next one overlaps with the device's work.
-        fed = parallel.feed((batches[i] for i in range(start, run.steps)), bench.mesh)
-        return loop.fit(
-            make_step(problem, bench.mesh, abstract),
-            state,
-            frozen,
-            fed,
-            run.steps,
-            log=bench.log,
-            name=name,
-            every=run.every,
-            evaluate=lambda state: _scores(bench, problem, state),
-            checkpoints=checkpoints,
-        )
+        # Without threads too, preparing a batch overlaps with the device's work: the step before it is only dispatched.
+        with contextlib.closing(data.stream(batches, start, run.steps, bench.data.threads)) as host:
+            return loop.fit(
+                make_step(problem, bench.mesh, abstract, run.executor),
+                state,
+                frozen,
+                parallel.feed(host, bench.mesh),
+                run.steps,
+                log=bench.log,
+                name=name,
+                every=run.every,
+                evaluate=lambda state: _scores(bench, problem, state),
+                checkpoints=checkpoints,
+                meter=Meter.of(problem, state, frozen, example, bench.mesh.devices.flat, schedule),
+                profile=Profile(run.profile, bench.directory / "profile" / name),
+            )
 
 
 def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> None:
@@ -123,14 +166,14 @@ def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> No
             the data cannot be augmented so.
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
-    data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)
-    example = bench.example()
-    abstract = abstract_state(problem, bench.mesh, _rules(problem), jax.random.key(bench.seed), example, frozen=frozen)
-    jax.eval_shape(make_step(problem, bench.mesh, abstract), abstract, frozen, example)
+    example = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)[0]
+    abstract = abstract_state(problem, bench.mesh, rules_of(problem.model), jax.random.key(bench.seed), example, frozen=frozen)
+    jax.eval_shape(make_step(problem, bench.mesh, abstract, run.executor), abstract, frozen, example)
 
 
-def _rules(problem: Problem) -> Rules:
-    return getattr(problem.model, "rules", ((".*", ()),))
+def rules_of(model: Any) -> Rules:
+    """A model's partition rules; one without any is held whole by every device."""
+    return getattr(model, "rules", None) or ((".*", ()),)
 
 
 def stream(seed: int, name: str) -> int:
@@ -138,11 +181,27 @@ def stream(seed: int, name: str) -> int:
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
 
 
+def outcome(params: Params, extra: Mapping[str, Any]) -> Params:
+    """The model's parameters as a run's result: their moving average where one is kept.
+
+    Pruned weights fade from the average and do not vanish; in the parameters they are exactly zero, and so they are here.
+
+    Args:
+        params: the state's params["model"].
+        extra: the state's.
+    """
+    if "ema" not in extra:
+        return params
+    return jax.tree.map(lambda now, average: jnp.where(now == 0, 0, average), params, extra["ema"])
+
+
 def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, float]:
     """What is logged of the validation split."""
-    logits = functools.partial(predictor(cast(Any, problem.model)), state.params["model"], state.model_state)
+    logits = functools.partial(
+        predictor(cast(Any, problem.model)), outcome(state.params["model"], state.extra), state.model_state
+    )
     found = evaluate(bench, logits, bench.dataset.valid).summary
-    return {"accuracy": found["accuracy"], "nll": found["nll"]}
+    return {name: found[name] for name in ("accuracy", "nll", "bits_per_token", "perplexity") if name in found}
 
 
 @functools.lru_cache(maxsize=16)
@@ -156,16 +215,46 @@ def evaluate(
     logits: Callable[[Batch], jax.Array],
     split: data.Split,
     teacher: Callable[[Batch], jax.Array] | None = None,
-) -> measure.Evaluation:
-    """All metrics on a split, over the whole mesh. `logits` and `teacher` are jitted functions of a batch."""
+) -> measure.Evaluation | measure.TokenEvaluation:
+    """All metrics on a split, over the whole mesh; token data give a `TokenEvaluation`.
+
+    Args:
+        bench: where.
+        logits, teacher: jitted functions of a batch.
+        split: the examples.
+    """
     batches = (parallel.put_batch(batch, bench.mesh) for batch in data.eval_batches(split, bench.data.batch))
-    return measure.evaluate(logits, batches, classes=bench.dataset.classes, teacher_logits_fn=teacher)
+    return score(bench.dataset, split, batches, logits, teacher)
 
 
-def forward_flops(model: Any, params: Params, model_state: Params, shape: tuple[int, ...]) -> int:
-    """FLOPs of one example's forward pass: matrix products and convolutions, a multiply-add counted as 2."""
-    inputs = jax.ShapeDtypeStruct((2, *shape), "float32")
-    return trace.flops(lambda p, x: model.apply(p, model_state, {"inputs": x})[0].logits, params, inputs) // 2
+def score(
+    dataset: data.Dataset,
+    split: data.Split,
+    batches: Iterable[Batch],
+    logits: Callable[[Batch], jax.Array],
+    teacher: Callable[[Batch], jax.Array] | None = None,
+) -> measure.Evaluation | measure.TokenEvaluation:
+    """`evaluate` on a split's batches, wherever they are."""
+    is_bytes = dataset.kind == "tokens" and dataset.classes == 256 and split.inputs.dtype == np.uint8
+    return measure.evaluate(
+        logits,
+        batches,
+        classes=dataset.classes,
+        teacher_logits_fn=teacher,
+        kind=dataset.kind,
+        bytes_per_token=1.0 if is_bytes else None,
+    )
+
+
+def forward_flops(model: Any, params: Params, model_state: Params, shape: tuple[int, ...], dtype: str = "float32") -> int:
+    """FLOPs of one example's forward pass: matrix products and convolutions, a multiply-add counted as 2.
+
+    Args:
+        model, params, model_state: the network; its arrays may be abstract.
+        shape, dtype: of one example's inputs; token ids are "int32".
+    """
+    inputs = jax.ShapeDtypeStruct((2, *shape), dtype)
+    return trace.flops(lambda p, s, x: model.apply(p, s, {"inputs": x})[0].logits, params, model_state, inputs) // 2
 
 
 def step_flops(student: int, teacher: int, batch: int) -> int:

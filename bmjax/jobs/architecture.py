@@ -1,0 +1,93 @@
+"""Networks from what a config says, and from what a record says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax import config as configs
+from bmjax import models, trees
+from bmjax.data import Dataset
+from bmjax.types import Batch, Model, Params
+
+
+def kinds() -> dict[str, type]:
+    """{name: config class} of the architectures that `bmjax.models` has."""
+    found = {name: kind for name, kind in vars(models).items() if isinstance(kind, type) and dataclasses.is_dataclass(kind)}
+    return {name: kind for name, kind in found.items() if hasattr(kind, "build")}
+
+
+def optional_kinds() -> dict[str, Callable[[], Any]]:
+    """The same, where there may be none."""
+    return {"none": lambda: None, **kinds()}
+
+
+def build(model: Any, dataset: Dataset) -> Any:
+    """The network for a dataset.
+
+    Args:
+        model: a config with `build(shape, classes)`, or a function (shape, classes) -> Model: shape is that of one example's
+            inputs, classes the number of classes or of tokens.
+        dataset: what it is for.
+
+    Raises:
+        ValueError: `model` is neither, or makes something that has no `init` and `apply`; further as its `build`.
+    """
+    make = getattr(model, "build", model)
+    if not callable(make):
+        raise ValueError(f"the model is {model!r}; expected a config with build(shape, classes), or a function of the two")
+    found = make(dataset.shape, dataset.classes)
+    if not (hasattr(found, "init") and hasattr(found, "apply")):
+        raise ValueError(
+            f"the model is made as {type(found).__name__}; expected a Model with init and apply (bmjax.models.adapters)"
+        )
+    return found
+
+
+def check_logits(model: Model, shapes: tuple[Params, Params], batch: Batch, classes: int) -> None:
+    """Raises ValueError unless the logits fit the targets: [B, classes], or [B, T, vocabulary]."""
+    found = jax.eval_shape(lambda p, s, b: model.apply(p, s, b)[0].logits, *shapes, dict(batch)).shape
+    expected = (*np.shape(batch["targets"]), classes)
+    if found != expected:
+        raise ValueError(
+            f"the model gives logits of shape {list(found)}, but the data needs {list(expected)}; take another model"
+        )
+
+
+def record(model: Any, net: Model, params: Params) -> dict[str, Any]:
+    """What `rebuild` needs, for JSON: {} if the model's config is none of ours.
+
+    Args:
+        model: the config that `build` took.
+        net: what it made, perhaps resized since.
+        params: its parameters, which tell the sizes.
+    """
+    if type(model).__name__ not in kinds() or not isinstance(model, kinds()[type(model).__name__]):
+        return {}
+    leaves = trees.paths(params)
+    sizes = {name: int(leaves[path].shape[axis]) for name, (path, axis) in net.axes.items()}
+    return {"model": configs.to_dict(model), "sizes": sizes}
+
+
+def rebuild(recorded: Mapping[str, Any], shape: tuple[int, ...], classes: int) -> Any:
+    """The network of a `record`, for inputs of `shape` and so many classes.
+
+    Raises:
+        ValueError: the record is of a config that is none of ours, or of another version's.
+    """
+    plain = recorded.get("model")
+    if not isinstance(plain, Mapping) or plain.get("class") not in kinds():
+        raise ValueError("it does not say what the model is (a function, or a config class that is not of bmjax.models)")
+    net = configs.from_dict(plain, kinds()).build(shape, classes)
+    sizes = recorded.get("sizes")
+    return net.resize(sizes) if sizes else net
+
+
+def with_sizes_of(net: Any, params: Params) -> Any:
+    """The network resized to what parameters of the same architecture have."""
+    leaves = trees.paths(params)
+    return net.resize({name: int(leaves[path].shape[axis]) for name, (path, axis) in net.axes.items() if path in leaves})

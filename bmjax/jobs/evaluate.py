@@ -1,0 +1,182 @@
+"""All metrics of a model that was trained: of its exported file, or of a checkpoint in its workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax import config as configs
+from bmjax import data, deploy, manifest, parallel, trees
+from bmjax.config import at_least, field
+from bmjax.jobs import architecture, common
+from bmjax.train import checkpoint
+from bmjax.train import run as runs
+
+RESULTS, CHECKPOINTS = "evaluation.json", "checkpoints"
+_LAST = ("student", "model", "retrain", "big")  # which run of a job a workdir's name stands for, the first that is there
+
+
+@dataclasses.dataclass
+class Config:
+    """What is evaluated, and on what."""
+
+    model: str = field("", "folder of an export, or workdir of a training or compression; required")
+    split: str = field("test", "examples to evaluate on", choices=("train", "valid", "test"))
+    run: str = field("", "workdir: the run whose checkpoint is meant, as in teacher; empty is the final model's")
+    step: int | None = field(None, "workdir: the checkpoint of this step; none is the newest", check=at_least(0))
+    best: bool = field(False, "workdir: the checkpoint that was best on the validation split")
+    data: data.Data = field(data.Data(), "examples; as in training where nothing else is said")
+    devices: int = field(0, "simulate so many CPU devices; 0 takes those that are there", check=at_least(0))
+    mesh: str = field("data=-1", "workdir: sizes of data, fsdp and tensor; -1 takes what is left")
+    output: str = field("", f"JSON file for the figures; empty is {RESULTS} in the workdir, or beside the export")
+
+    def validate(self) -> None:
+        """Raises ValueError if there is no model, or if two checkpoints are asked for."""
+        if not self.model:
+            raise ValueError("--model must be given: the folder of an export, or a workdir")
+        if self.best and self.step is not None:
+            raise ValueError(f"--best and --step={self.step} ask for two checkpoints; give one of them")
+
+
+def defaults(model: str) -> Config:
+    """The settings for a model, with the data that it was trained on; those of no model for "".
+
+    Raises:
+        ValueError: the folder is neither an export nor a workdir, or is damaged.
+    """
+    if not model:
+        return Config()
+    recorded = _about(pathlib.Path(model)).get("data_config")
+    if recorded is None:
+        return Config(model=model)
+    return Config(model=model, data=configs.from_dict(recorded, {"Data": data.Data}))
+
+
+def evaluate(config: Config, command: str) -> dict[str, Any]:
+    """Evaluates; returns the figures, which are also written as JSON.
+
+    Raises:
+        ValueError: the data have other classes or shapes than the model, there is no such checkpoint, a file is missing or
+            altered, or the network cannot be rebuilt from the workdir.
+    """
+    folder = pathlib.Path(config.model)
+    about = _about(folder)
+    _check_source(config, about)
+    parallel.simulate(config.devices)
+    dataset = data.load(config.data)
+    split = getattr(dataset, config.split)
+    found, step = (_program if _is_export(folder) else _checkpoint)(config, folder, about, dataset, split)
+    same = about.get("data_fingerprint") in (None, dataset.fingerprint)
+    results = {
+        "command": command,
+        "model": str(folder),
+        "step": step,
+        "split": config.split,
+        "data": dataset.name,
+        "note": "" if same else "these are other data than it was trained on",
+        "kind": dataset.kind,
+        "class_names": list(dataset.class_names),
+        **common.scores(found),
+    }
+    common.write_json(output(config), results)
+    return results
+
+
+def output(config: Config) -> pathlib.Path:
+    """Where the figures go."""
+    folder = pathlib.Path(config.model)
+    return pathlib.Path(config.output) if config.output else (folder.parent if _is_export(folder) else folder) / RESULTS
+
+
+def _is_export(folder: pathlib.Path) -> bool:
+    return (folder / manifest.NAME).is_file()
+
+
+def _about(folder: pathlib.Path) -> Mapping[str, Any]:
+    """What a folder says of itself: an export's metadata with classes and input, or a workdir's config.
+
+    Raises:
+        ValueError: it is neither, or a file is missing or altered.
+    """
+    if _is_export(folder):
+        about = manifest.verify(folder)
+        if "classes" not in about:
+            raise ValueError(f"{folder} is not an exported model; give the folder that an export wrote, or a workdir")
+        return {**about["metadata"], "classes": about["classes"], "input": about["input"]}
+    try:
+        resolved = configs.read_resolved(folder)
+    except OSError:
+        raise ValueError(
+            f"{folder} is neither an export (manifest.json) nor a workdir (config.json); give one of the two"
+        ) from None
+    return {**resolved, "data_config": resolved.get("data")}
+
+
+def _check_source(config: Config, about: Mapping[str, Any]) -> None:
+    """Raises ValueError if the data are those of training, and were made by a function that stands in a config file."""
+    source = config.data.source
+    recorded = (about.get("data_config") or {}).get("source")
+    if source == recorded and isinstance(source, str) and source.partition(":")[0] not in data.SOURCES:
+        raise ValueError(f"the data of {config.model} came from a function, {source}; say where they are with --data.source")
+
+
+def _program(
+    config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split
+) -> tuple[Any, int | None]:
+    """(evaluation, None) of an exported program, which takes raw inputs."""
+    _check_classes(config, int(about["classes"]), dataset)
+    if list(about["input"]["shape"]) != list(dataset.shape):
+        raise ValueError(f"{folder} takes inputs {about['input']['shape']}, but {dataset.name} has {list(dataset.shape)}")
+    call = deploy.load(folder)
+    offset, scale = np.asarray(dataset.offset, np.float32), np.asarray(dataset.scale, np.float32)
+    raw = (lambda inputs: inputs) if dataset.kind == "tokens" else (lambda inputs: inputs * scale + offset)
+    batches = data.eval_batches(split, config.data.batch)
+    return runs.score(dataset, split, batches, lambda batch: call(raw(batch["inputs"]))), None
+
+
+def _checkpoint(
+    config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split
+) -> tuple[Any, int]:
+    """(evaluation, step) of a checkpoint, over the whole mesh."""
+    name = _run(config, folder)
+    restored = checkpoint.read(folder / CHECKPOINTS / name, step=config.step, best=config.best)
+    held = trees.nested(restored.state)
+    params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})
+    plain = (about.get("teacher") or {}).get("model") if name == "teacher" else about.get("model")
+    try:
+        built = architecture.rebuild({"model": plain}, dataset.shape, dataset.classes)
+    except ValueError as error:
+        raise ValueError(f"the network of {folder} cannot be built: {error}; evaluate its export instead") from None
+    model = architecture.with_sizes_of(built, params)
+    mesh = parallel.make_mesh(config.mesh)
+    parallel.check_batch(config.data.batch, mesh)
+    example = data.eval_batches(split, config.data.batch)[0]
+    expected = jax.eval_shape(model.init, jax.random.key(0), example)
+    if misfit := trees.first_difference(expected[0], params) or trees.first_difference(expected[1], state):
+        raise ValueError(f"the checkpoint of {folder} does not fit {dataset.name}: {misfit}; is this its data?")
+    placed = jax.device_put(params, parallel.partition(params, runs.rules_of(model), mesh))
+    state = jax.device_put(state, parallel.replicated(mesh))
+    batches = (parallel.put_batch(batch, mesh) for batch in data.eval_batches(split, config.data.batch))
+    logits = lambda batch: runs.predictor(model)(placed, state, batch)
+    return runs.score(dataset, split, batches, logits), restored.step
+
+
+def _run(config: Config, folder: pathlib.Path) -> str:
+    """The name of the run whose checkpoint is meant."""
+    there = sorted(path.name for path in (folder / CHECKPOINTS).glob("*") if path.is_dir())
+    if not there:
+        raise ValueError(f"{folder} holds no checkpoint; was the run stopped before it saved one?")
+    if config.run and config.run not in there:
+        nearest = configs.nearest(config.run, there)
+        raise ValueError(f"{folder} has no run {config.run!r}; the nearest is {nearest!r} of {', '.join(there)}")
+    return config.run or next((name for name in _LAST if name in there), there[0])
+
+
+def _check_classes(config: Config, classes: int, dataset: data.Dataset) -> None:
+    if classes != dataset.classes:
+        raise ValueError(f"{config.model} has {classes} classes and {dataset.name} has {dataset.classes}; give its own data")

@@ -1,0 +1,91 @@
+"""What tracing a function tells before anything runs: which of its results are the same, which inputs it looks rows up in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+
+from bmjax.types import Params
+
+
+def alike(fn: Callable[..., Any], *args: Any) -> bool:
+    """True if all results of `fn(*args)` are computed in one and the same way from the arguments, and so are always equal.
+
+    Results that are equal for another reason count as different.
+    """
+    closed = jax.make_jaxpr(fn)(*args)
+    jaxpr = closed.jaxpr
+    seen: dict[Hashable, int] = {}  # a number for each way to compute something
+    numbers: dict[Any, int] = {}
+
+    def number(how: Hashable) -> int:
+        return seen.setdefault(how, len(seen))
+
+    def of(atom: Any) -> int:
+        return number(("literal", repr(atom.val), str(atom.aval))) if isinstance(atom, Literal) else numbers[atom]
+
+    for i, var in enumerate((*jaxpr.invars, *jaxpr.constvars)):
+        numbers[var] = number(("given", i))
+    for eqn in _needed(jaxpr):
+        # A closed-over array does not show in the text; its place in memory tells it from others.
+        consts = tuple(id(const) for body in _closed(eqn.params) for const in body.consts)
+        how = (eqn.primitive.name, str(eqn.params), consts, tuple(map(of, eqn.invars)))
+        for i, var in enumerate(eqn.outvars):
+            numbers[var] = number((how, i))
+    return len({of(atom) for atom in jaxpr.outvars}) <= 1
+
+
+def looked_up(fn: Callable[[Params], Any], params: Params) -> Params:
+    """A tree of bools: True for the parameters that `fn(params)` takes rows of by index, such as an embedding's table."""
+    leaves, tree = jax.tree.flatten(params)
+    jaxpr = jax.make_jaxpr(fn)(params).jaxpr
+    found: set[int] = set()
+    _follow(jaxpr, [frozenset({i}) for i in range(len(leaves))], found)
+    return jax.tree.unflatten(tree, [i in found for i in range(len(leaves))])
+
+
+_Source = frozenset[int] | None  # the parameters that a value is made of; None if anything else is in it
+
+
+def _follow(jaxpr: Jaxpr, sources: Sequence[_Source], found: set[int]) -> list[_Source]:
+    known: dict[Any, _Source] = dict(zip(jaxpr.invars, sources))
+
+    def of(atom: Any) -> _Source:
+        return frozenset() if isinstance(atom, Literal) else known.get(atom)
+
+    for eqn in jaxpr.eqns:
+        ins = [of(atom) for atom in eqn.invars]
+        if eqn.primitive.name == "gather":
+            found |= ins[0] or frozenset()
+        outs = [None if None in ins else frozenset().union(*(source or () for source in ins))] * len(eqn.outvars)
+        for body in _bodies(eqn.params):
+            if len(body.invars) == len(ins):  # a call, a remat, a scan; a condition or loop has predicates of its own
+                inner = _follow(body, ins, found)
+                outs = inner if len(inner) == len(outs) else outs
+        known.update(zip(eqn.outvars, outs))
+    return [of(atom) for atom in jaxpr.outvars]
+
+
+def _needed(jaxpr: Jaxpr) -> list[Any]:
+    """The equations that the results need, in order."""
+    wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if not wanted.isdisjoint(eqn.outvars):
+            kept.append(eqn)
+            wanted.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return kept[::-1]
+
+
+def _closed(params: dict[str, Any]) -> list[ClosedJaxpr]:
+    values = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [item for item in values if isinstance(item, ClosedJaxpr)]
+
+
+def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
+    """The jaxprs among an equation's parameters."""
+    values = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in values if isinstance(item, (ClosedJaxpr, Jaxpr))]

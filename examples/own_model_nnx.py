@@ -1,0 +1,30 @@
+"""Your own Flax NNX module, as the teacher and as a student that also learns from a hidden layer (FitNets)."""
+
+import jax
+import optax
+from flax import nnx
+
+from bmjax import data, distill, losses, parallel, train
+from bmjax.models import adapters
+
+
+class Net(nnx.Module):
+    def __init__(self, width, rngs):
+        self.hidden, self.head = nnx.Linear(64, width, rngs=rngs), nnx.Linear(width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
+
+
+parallel.simulate(8)
+digits, mesh, frozen = data.load("digits"), parallel.make_mesh("data=8"), None
+teacher, student = (adapters.nnx(lambda rngs, width=width: Net(width, rngs)) for width in (128, 8))
+batches, ce = data.train_batches(digits.train, batch=128, seed=0), {"ce": (1.0, losses.cross_entropy_term())}
+for model, terms, partner in ((teacher, ce, None), (student, ce | {"hint": (1.0, distill.hint("hidden", "hidden"))}, teacher)):
+    problem = train.Problem(model, terms, optax.adam(1e-2), partner, loss_tx=optax.adam(1e-2))
+    state = train.init_state(problem, mesh, model.rules, jax.random.key(0), batches[0], frozen=frozen)
+    step = train.make_step(problem, mesh, state)
+    for i in range(60):
+        state, metrics = jax.block_until_ready(step(state, frozen, batches[i]))
+    frozen = {"params": state.params["model"], "model_state": state.model_state}
+    print(frozen["params"]["hidden"]["bias"].size, "units:", jax.tree.map(lambda x: round(float(x), 3), metrics))

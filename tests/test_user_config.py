@@ -1,0 +1,200 @@
+"""A config file of the user's own: her functions take part in the run, her errors keep their traceback, her edits are noticed."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from bmjax import config as configs
+from bmjax import prune
+from bmjax.train import log as logs
+from experiments import train
+
+HELPER = """
+from bmjax.types import Mean
+
+
+def spread(student, teacher, batch):
+    return Mean.of((student.logits**2).mean(-1), batch["weights"])
+"""
+
+MINE = '''
+"""Mine."""
+import helper_of_mine
+import jax, jax.numpy as jnp, numpy as np, optax
+from bmjax import data
+from bmjax.jobs.common import Machine
+from bmjax.jobs.train import Config
+from bmjax.models import adapters
+from bmjax.train.loop import Every
+from bmjax.train.optimizer import Optimizer
+from bmjax.train.run import Run
+
+
+def examples():
+    rng = np.random.default_rng(0)
+    targets = np.arange(90) % 3
+    inputs = (rng.normal(size=(90, 5)) + 3 * np.eye(3, 5)[targets]).astype(np.float32)
+    return data.build("mine", inputs, targets, data.stratified(targets), class_names="abc")
+
+
+def linear(shape, classes):
+    def init(key, inputs):
+        return {"kernel": 0.1 * jax.random.normal(key, (*shape, classes)), "scale": jnp.ones(())}
+
+    return adapters.plain(init, lambda params, inputs: params["scale"] * (inputs @ params["kernel"]))
+
+
+def frozen_scale(tx, steps):
+    return optax.chain(tx, optax.masked(optax.set_to_zero(), {"kernel": False, "scale": True}))
+
+
+def halved(params, opt_state, step):
+    return {**params, "scale": params["scale"] * 0.5}
+
+
+def get_config():
+    return Config(
+        machine=Machine(tensorboard=False),
+        data=data.Data(source=examples, batch=8),
+        model=linear,
+        terms={"spread": (0.25, helper_of_mine.spread)},
+        transform=frozen_scale,
+        views=[halved],
+        run=Run(steps=4, optimizer=Optimizer(custom=lambda steps: optax.sgd(0.1)), every=Every(log=1)),
+    )
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "helper_of_mine", raising=False)
+    (tmp_path / "helper_of_mine.py").write_text(HELPER)
+    (tmp_path / "mine.py").write_text(MINE)
+    yield tmp_path
+    sys.modules.pop("helper_of_mine", None)
+
+
+def launch(folder, *arguments):
+    argv = ["experiments/train.py", f"--config={folder / 'mine.py'}", f"--workdir={folder / 'run'}", *arguments]
+    configs.launch(train.main, presets=train.PRESETS, default="article", about=train.__doc__, argv=argv)
+
+
+def refusal(folder, capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        launch(folder, *arguments)
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    return err
+
+
+def test_her_functions_take_part_and_her_edits_are_noticed(folder, capsys):
+    launch(folder)
+    rows = [row for row in logs.read(folder / "run")["model"] if "loss" in row]
+    assert len(rows) == 4
+    for row in rows:
+        assert row["spread"] > 0
+        assert row["loss"] == pytest.approx(row["ce"] + 0.25 * row["spread"], rel=1e-5)
+    record = json.loads((folder / "run" / "config.json").read_text())
+    assert record["model"] == "mine_config:linear"
+    assert record["terms"] == {"spread": [0.25, "helper_of_mine:spread"]}
+    assert set(record["code"]) == {"mine.py", "helper_of_mine.py"}
+    assert len(record["data_fingerprint"]) == 64
+    from safetensors.numpy import load_file
+
+    params = load_file(folder / "run" / "export" / "params.safetensors")
+    assert float(params["scale"]) == 1.0  # her transform held it still
+    launch(folder)  # the same files: nothing to say
+    (folder / "helper_of_mine.py").write_text(HELPER + "# a word\n")
+    capsys.readouterr()
+    said = refusal(folder, capsys)
+    assert "holds a run with another version of helper_of_mine.py, which was edited since (its SHA-256 differs)" in said
+    assert "restore the file, or choose another --workdir" in said
+
+
+def test_data_that_change_between_two_runs_of_a_workdir_are_refused(folder, capsys):
+    path = folder / "data.npz"
+    rng = np.random.default_rng(0)
+    np.savez(path, inputs=rng.normal(size=(60, 5)).astype(np.float32), targets=np.arange(60) % 3)
+    arguments = [f"--config.data.source=arrays:{path}", "--config.run.steps=2"]
+    launch(folder, *arguments)
+    np.savez(path, inputs=rng.normal(size=(60, 5)).astype(np.float32), targets=np.arange(60) % 3)
+    capsys.readouterr()
+    assert "holds a run on other data: the fingerprint is " in refusal(folder, capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("find", "instead", "error"),
+    [
+        ("inputs @ params", "inputs @ nothing['x']", NameError),
+        ('return {**params, "scale"', 'raise ValueError("of mine")\n    return {**params, "scale"', ValueError),
+        ("rng = np.random.default_rng(0)", 'raise ValueError("of mine")', ValueError),
+        ("def get_config():", "def get_config():\n    {}['x']", KeyError),
+    ],
+)
+def test_her_errors_keep_their_traceback(folder, find, instead, error):
+    assert find in MINE
+    (folder / "mine.py").write_text(MINE.replace(find, instead))
+    with pytest.raises(error) as raised:
+        launch(folder)
+    assert raised.traceback[-1].path.name == "mine.py"
+    assert not (folder / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("find", "instead", "words"),
+    [
+        ('"spread": (0.25', '"ce": (0.25', "config.terms has 'ce', which the objective has already; choose another name"),
+        (
+            "transform=frozen_scale",
+            "transform=lambda tx, steps: steps",
+            "config.transform returned int; expected an optax transform",
+        ),
+        (
+            "model=linear",
+            "model=lambda shape, classes: shape",
+            "the model is made as tuple; expected a Model with init and apply",
+        ),
+        ("model=linear", "model=3", "the model is 3; expected a config with build(shape, classes), or a function"),
+        ("views=[halved]", "views=[3]", "config.views is [3]; expected a list"),
+        ("(0.25, helper_of_mine.spread)", "helper_of_mine.spread", "config.terms is {'spread': <function spread"),
+        ("source=examples", "source=lambda: 3", "the data source function returned int; expected a bmjax.data.Dataset"),
+        ("(*shape, classes)", "(*shape, 7)", "the model gives logits of shape [8, 7], but the data needs [8, 3]; take another"),
+    ],
+)
+def test_what_she_gives_is_checked_before_anything_runs(folder, capsys, find, instead, words):
+    assert find in MINE
+    (folder / "mine.py").write_text(MINE.replace(find, instead))
+    assert words in refusal(folder, capsys)
+
+
+def test_transforms_come_in_order_and_pruning_last(folder):
+    mine = MINE.replace("transform=frozen_scale", "transform=[frozen_scale, lambda tx, steps: optax.chain(tx, optax.scale(2.0))]")
+    (folder / "mine.py").write_text(mine)
+    config = configs.load(str(folder / "mine.py"), train.PRESETS)
+    config.prune.sparsity = 0.5
+    config.prune.begin, config.prune.end, config.prune.interval = 0.0, 0.5, 1
+    tx = config.wrap(config.run.optimizer.build(4), 4)
+    params = {"kernel": np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2), "scale": np.float32(1)}
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update({"kernel": np.ones((4, 2), np.float32), "scale": np.float32(1)}, state, params)
+        params = {name: params[name] + updates[name] for name in params}
+    kept = np.asarray(prune.masks(state)["kernel"]) if np.ndim(prune.masks(state)["kernel"]) else np.ones((4, 2), bool)
+    np.testing.assert_allclose(params["kernel"][kept], (np.arange(1.0, 9.0).reshape(4, 2) - 3 * 2 * 0.1)[kept], rtol=1e-5)
+    assert (params["kernel"][~kept] == 0).all()
+    assert params["scale"] == 1
+
+
+def test_only_what_the_file_imports_from_its_folder_counts(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "__init__.py").write_text("from . import deep\n")
+    (tmp_path / "part" / "deep.py").write_text("import json\n")
+    (tmp_path / "other.py").write_text("")
+    (tmp_path / "mine.py").write_text("def f():\n    from part import deep\n")
+    from bmjax.config.load import hashes
+
+    assert set(hashes(tmp_path / "mine.py")) == {"mine.py", "part/__init__.py", "part/deep.py"}
