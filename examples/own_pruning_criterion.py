@@ -16,7 +16,7 @@ parallel.simulate(8)
 digits, mesh = data.load("digits"), parallel.make_mesh("data=8")
 model, batches = Plain().build(digits.shape, digits.classes), data.train_batches(digits.train, batch=512, seed=0)
 for name, criterion in {"magnitude": prune.magnitude(), "saliency": saliency()}.items():
-    tx = prune.around(optax.adam(3e-3), criterion, sparsity=0.95, schedule=prune.cubic(30, 90))
+    tx = prune.around(optax.adam(3e-3), criterion, sparsity=0.97, schedule=prune.cubic(30, 90))
     problem = train.Problem(model, {"ce": (1.0, losses.cross_entropy_term())}, tx)
     state = train.init_state(problem, mesh, model.rules, jax.random.key(0), batches[0])
     step = train.make_step(problem, mesh, state)

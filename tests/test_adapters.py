@@ -412,7 +412,10 @@ def test_training_without_a_key_or_ids_is_refused(model):
 def test_an_unnamed_random_stream_of_a_linen_module_is_one_line():
     model = adapters.linen(LinenNet())
     params, _ = model.init(jax.random.key(0), make_batch())
-    with pytest.raises(ValueError, match=r"name its streams, as in rngs=\('dropout',\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs PRNG for \"dropout\"; name the module's streams, as in adapters\.linen\(module, rngs=\('dropout',\)\)$",
+    ):
         model.apply(params, {}, make_batch(), train=True, rngs={"dropout": jax.random.key(0)})
 
 

@@ -250,8 +250,8 @@ def given(preset, folder):
         return []
     for name in "ab":
         (folder / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            Image.new("RGB", (20, 20), (30 * i, 0, 0)).save(folder / "images" / name / f"{i}.png")
+        for i in range(16):
+            Image.new("RGB", (20, 20), (15 * i, 0, 0)).save(folder / "images" / name / f"{i}.png")
     return [f"--config.data.source=images:{folder / 'images'}", "--config.data.batch=8", "--config.data.limit=0"]
 
 

@@ -237,7 +237,7 @@ def test_vary_keeps_each_shards_own_gradient():
 
 
 def test_outside_a_shard_map_the_collectives_do_nothing():
-    for fn in (collectives.psum, collectives.pmean, collectives.all_gather, collectives.vary, collectives.invariant):
+    for fn in (collectives.psum, collectives.pmean, collectives.all_gather, collectives.vary, collectives.rows):
         assert fn(X) is X
     with collectives.over("data"), collectives.over(None):
         assert collectives.psum(X) is X

@@ -12,8 +12,9 @@ import numpy as np
 import optax
 import pytest
 
-from bmjax import data, distill, losses, parallel, prune, trees
+from bmjax import config, data, distill, losses, parallel, prune, trees
 from bmjax.data.dataset import build, stratified
+from bmjax.models import Decoder
 from bmjax.models.linen import LinenModel
 from bmjax.models.mlp import PlainMLP, ResidualMLP
 from bmjax.train import Problem, loop, run
@@ -22,6 +23,7 @@ from bmjax.train.optimizer import Optimizer
 from bmjax.types import Mean, Term
 
 STUDENT = LinenModel(ResidualMLP(layers=2, width=8, neurons=12, classes=3, dropout=0.2))
+DECODER = Decoder(layers=1, width=4, heads=1, neurons=4).build((3,), 7)
 TEACHER = LinenModel(PlainMLP((10,), classes=3))
 STEPS = 20
 QUIET = loop.Every(log=0, evaluate=0, save=0)
@@ -240,4 +242,43 @@ def test_evaluation_counts_every_example_once_on_any_mesh(bench):
 def test_costs_have_their_closed_form():
     params = jax.eval_shape(TEACHER.init, jax.random.key(0), {"inputs": np.zeros((1, 6), np.float32)})[0]
     assert run.forward_flops(TEACHER, params, {}, (6,)) == 2 * (6 * 10 + 10 * 3)
+    ids = jax.eval_shape(DECODER.init, jax.random.key(0), {"inputs": np.zeros((1, 3), np.int32)})[0]
+    assert run.forward_flops(DECODER, ids, {}, (3,), "int32") > 2 * 3 * (4 * 7)  # at least the head, for each token
     assert run.step_flops(student=100, teacher=7, batch=4) == 4 * (3 * 100 + 7)
+
+
+def test_a_run_says_how_the_step_is_computed(bench):
+    """Every field reaches the problem; the values of one update show which."""
+    settings = run.Run(steps=3, executor="partitioned", compute_dtype="bfloat16", ema=0.5, clip_per_example=0.1, norms=True)
+    assert settings.how["gradient"].per_example
+    plain = run.Run()
+    assert (plain.how["ema"], plain.how["compute_dtype"], plain.how["gradient"].per_example) == (None, "float32", False)
+    problem = Problem(TEACHER, simple().terms, optax.sgd(1.0), **settings.how)
+    here = bench(2)
+    state = run.fit(here, "model", problem, settings)
+    (row,) = [row for row in logs.read(here.directory)["model"] if "loss" in row]
+    assert 0 < row["grad_norm"] <= 0.1 + 1e-3  # of examples that are clipped, so is their mean
+    assert row["update_norm"] == pytest.approx(row["grad_norm"], rel=1e-3)
+    assert set(state.extra) == {"ema"}
+    average = state.extra["ema"]["head"]["kernel"]
+    np.testing.assert_array_equal(run.outcome(state.params["model"], state.extra)["head"]["kernel"], average)
+
+
+def test_what_a_run_is_scored_by_is_its_average_with_pruned_weights_left_out():
+    now, average = {"a": jnp.array([0.0, 2.0, -1.0])}, {"a": jnp.array([0.5, 1.0, 3.0])}
+    assert run.outcome(now, {}) is now
+    np.testing.assert_array_equal(run.outcome(now, {"ema": average})["a"], [0.0, 1.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"executor": "ddp"}, "executor is 'ddp'; expected one of auto, replicated, partitioned, pmap, hybrid"),
+        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'; expected one of float32, bfloat16"),
+        ({"ema": 1.0}, "ema is 1.0; expected a finite number in"),
+        ({"clip_per_example": -1.0}, "clip_per_example is -1.0; expected a finite number of at least 0"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        config.validate(run.Run(**wrong))

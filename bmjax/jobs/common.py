@@ -97,7 +97,10 @@ def record(config: Any, bench: Bench) -> None:
     configs.write_resolved(config, bench.directory, bench.dataset.fingerprint)
 
 
-def _problem(model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap, views: tuple[View, ...]) -> Problem:
+def problem(
+    model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap = _unchanged, views: tuple[View, ...] = ()
+) -> Problem:
+    """What a run trains: its optimiser, wrapped, and all that the run's config says about how."""
     return Problem(
         model,
         terms,
@@ -121,7 +124,7 @@ def check(
 ) -> None:
     """Raises ValueError where `train` with these arguments would, before anything is compiled; a teacher may be abstract."""
     architecture.check_logits(model, bench.shapes(model), bench.example(), bench.dataset.classes)
-    runs.check(bench, _problem(model, terms, run, teacher, wrap, views), run, teacher and teacher.frozen)
+    runs.check(bench, problem(model, terms, run, teacher, wrap, views), run, teacher and teacher.frozen)
 
 
 def train(
@@ -149,13 +152,13 @@ def train(
         wrap: (optimiser, steps) -> optimiser, for pruning.
         views: what the forward pass sees of the parameters.
     """
-    problem = _problem(model, terms, run, teacher, wrap, views)
     state = runs.fit(
         bench,
         name,
-        problem,
+        problem(model, terms, run, teacher, wrap, views),
         run,
         params=start and start.params,
+        model_state=start and start.model_state,
         frozen=teacher and teacher.frozen,
         schedule=None if run.optimizer.custom else run.optimizer.schedule(run.steps),
     )

@@ -106,6 +106,11 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
 
 def _check(config: Config, bench: Bench, model: Any, plain: Terms, distilled: Terms) -> None:
     """Traces every kind of run, at the big model's sizes, before the first one starts."""
+    if bench.dataset.kind == "tokens":
+        raise ValueError(
+            f"{bench.dataset.name} holds tokens, and the verdict compares classes of whole examples; "
+            "prune or distil a language model with experiments.train"
+        )
     teacher = Net(model, *bench.shapes(model))
     if not config.pretrained:
         common.check(bench, model, plain, config.big)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 
 from bmjax import data, prune, shrink, trace
@@ -18,7 +19,6 @@ from bmjax.jobs.common import Net
 from bmjax.jobs.proposals import Proposal, propose
 from bmjax.train import run as runs
 from bmjax.train.run import Bench, Run
-from bmjax.train.step import Problem
 from bmjax.types import Group, LossTerm, Params
 
 
@@ -155,17 +155,20 @@ def _prune(
     if len(analysis.importance):
         criterion = prune.given({"layers": jnp.asarray(analysis.importance)}, otherwise=criterion)
     begin, end = int(config.begin * run.steps), max(int(config.end * run.steps), 1)
-    tx = prune.around(
-        run.optimizer.build(run.steps),
-        criterion,
-        sparsity={group.name: 1 - proposal.sizes[group.name] / group.size for group in analysis.groups},
-        pattern=prune.groups(analysis.groups),
-        schedule=prune.cubic(min(begin, end - 1), end),
-        every=config.interval,
-    )
-    loss_tx = run.optimizer.build_for_terms(run.steps)
-    problem = Problem(big.model, terms, tx, teacher=big.model, loss_tx=loss_tx, accumulate=run.accumulate)
-    state = runs.fit(bench, f"prune {proposal.ratio:g}x", problem, run, params=big.params, frozen=big.frozen)
+
+    def around(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        return prune.around(
+            optimizer,
+            criterion,
+            sparsity={group.name: 1 - proposal.sizes[group.name] / group.size for group in analysis.groups},
+            pattern=prune.groups(analysis.groups),
+            schedule=prune.cubic(min(begin, end - 1), end),
+            every=config.interval,
+        )
+
+    problem = common.problem(big.model, terms, run, big, around)
+    name = f"prune {proposal.ratio:g}x"
+    state = runs.fit(bench, name, problem, run, params=big.params, model_state=big.model_state, frozen=big.frozen)
     keeps = {name: np.asarray(keep) for name, keep in jax.device_get(prune.keeps(state.opt_state["model"])).items()}
     forward = common.flops(bench, big)
     cost = run.steps * runs.step_flops(forward, forward, bench.data.batch)

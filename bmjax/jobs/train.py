@@ -86,9 +86,7 @@ class Config:
         plain = {"ce": (1.0, self.task.term())}
         whole = plain if self.teacher is None else self.teacher.distill.terms(self.task.term())
         if taken := set(whole) & set(self.terms):
-            raise ValueError(
-                f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name"
-            )
+            raise ValueError(f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name")
         return plain, {**whole, **self.terms}
 
 

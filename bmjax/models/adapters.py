@@ -119,7 +119,8 @@ def linen(
         try:
             logits, changed = module.apply({"params": params, **state}, inputs, **mode(asked.train), **options)
         except InvalidRngError as error:
-            raise ValueError(f"the module draws random numbers; name its streams, as in rngs=('dropout',): {error}") from None
+            what = str(error).partition(" (http")[0]
+            raise ValueError(f"{what}; name the module's streams, as in adapters.linen(module, rngs=('dropout',))") from None
         changed = dict(changed)
         found = _named(_tuples(changed.pop("intermediates", {})))
         return Result(logits, found, {**state, **changed} if asked.train else state)

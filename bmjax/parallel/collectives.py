@@ -119,6 +119,8 @@ def moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
     x = x.astype(jnp.float32)
     weights = weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim)).astype(jnp.float32)
     axes = tuple(range(x.ndim - 1))
-    count = jnp.maximum(psum(jnp.sum(jnp.broadcast_to(weights, (*x.shape[:-1], 1)))), 1)
+    x = jnp.where(weights > 0, x, 0)  # padding may hold anything, NaN included
+    count = psum(jnp.sum(jnp.broadcast_to(weights, (*x.shape[:-1], 1))))
+    count = jnp.where(count > 0, count, 1)
     mean = psum(jnp.sum(weights * x, axes)) / count
     return mean, psum(jnp.sum(weights * jnp.square(x - mean), axes)) / count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,7 @@ def alike(fn: Callable[..., Any], *args: Any) -> bool:
 
     Results that are equal for another reason count as different.
     """
-    closed = jax.make_jaxpr(fn)(*args)
-    jaxpr = closed.jaxpr
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     seen: dict[Hashable, int] = {}  # a number for each way to compute something
     numbers: dict[Any, int] = {}
 
@@ -30,9 +29,8 @@ def alike(fn: Callable[..., Any], *args: Any) -> bool:
     for i, var in enumerate((*jaxpr.invars, *jaxpr.constvars)):
         numbers[var] = number(("given", i))
     for eqn in _needed(jaxpr):
-        # A closed-over array does not show in the text; its place in memory tells it from others.
-        consts = tuple(id(const) for body in _closed(eqn.params) for const in body.consts)
-        how = (eqn.primitive.name, str(eqn.params), consts, tuple(map(of, eqn.invars)))
+        # An array that is closed over does not show in the text; its place in memory tells it from others.
+        how = (eqn.primitive.name, str(eqn.params), tuple(map(id, _consts(eqn.params))), tuple(map(of, eqn.invars)))
         for i, var in enumerate(eqn.outvars):
             numbers[var] = number((how, i))
     return len({of(atom) for atom in jaxpr.outvars}) <= 1
@@ -61,7 +59,7 @@ def _follow(jaxpr: Jaxpr, sources: Sequence[_Source], found: set[int]) -> list[_
         if eqn.primitive.name == "gather":
             found |= ins[0] or frozenset()
         outs = [None if None in ins else frozenset().union(*(source or () for source in ins))] * len(eqn.outvars)
-        for body in _bodies(eqn.params):
+        for body in (item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in _bodies(eqn.params)):
             if len(body.invars) == len(ins):  # a call, a remat, a scan; a condition or loop has predicates of its own
                 inner = _follow(body, ins, found)
                 outs = inner if len(inner) == len(outs) else outs
@@ -80,12 +78,16 @@ def _needed(jaxpr: Jaxpr) -> list[Any]:
     return kept[::-1]
 
 
-def _closed(params: dict[str, Any]) -> list[ClosedJaxpr]:
-    values = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [item for item in values if isinstance(item, ClosedJaxpr)]
+def _consts(params: dict[str, Any]) -> Iterator[Any]:
+    """The arrays that an equation's bodies close over, at any depth."""
+    for body in _bodies(params):
+        if isinstance(body, ClosedJaxpr):
+            yield from body.consts
+        for eqn in body.eqns:
+            yield from _consts(eqn.params)
 
 
-def _bodies(params: dict[str, Any]) -> list[Jaxpr]:
-    """The jaxprs among an equation's parameters."""
+def _bodies(params: dict[str, Any]) -> list[Any]:
+    """The jaxprs, closed or not, among an equation's parameters."""
     values = [item for value in params.values() for item in (value if isinstance(value, (tuple, list)) else (value,))]
-    return [item.jaxpr if isinstance(item, ClosedJaxpr) else item for item in values if isinstance(item, (ClosedJaxpr, Jaxpr))]
+    return [item for item in values if isinstance(item, (ClosedJaxpr, Jaxpr))]

@@ -104,6 +104,7 @@ def fit(
     run: Run,
     *,
     params: Params | None = None,
+    model_state: Params | None = None,
     frozen: Frozen = None,
     schedule: optax.Schedule | None = None,
 ) -> TrainState:
@@ -114,7 +115,7 @@ def fit(
         name: of the run, in the log and among the checkpoints.
         problem: what is trained; its `tx` is built for `run.steps`.
         run: how long.
-        params: model parameters to start from, instead of fresh ones.
+        params, model_state: to start from, instead of fresh ones.
         frozen: the teacher's {"params", "model_state"}.
         schedule: step -> learning rate, to be logged; that of `problem.tx`.
 
@@ -129,7 +130,8 @@ def fit(
     with Checkpoints(bench.directory / "checkpoints" / name) as checkpoints:
         restored = checkpoints.restore(abstract)
         if restored is None:
-            state = init_state(problem, bench.mesh, rules, key, example, params=params, frozen=frozen)
+            start_from: Any = {"params": params, "model_state": model_state}
+            state = init_state(problem, bench.mesh, rules, key, example, **start_from, frozen=frozen)
         else:
             state = restored.state
         start = int(state.step)

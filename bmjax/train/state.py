@@ -26,7 +26,7 @@ def abstract_state(
     Raises:
         ValueError: as `init_state`.
     """
-    shapes = jax.eval_shape(_initialiser(problem, batch, frozen), key, None)
+    shapes = jax.eval_shape(_initialiser(problem, batch, frozen), key, None, None)
     check_state(problem, shapes)
     whole: Any = parallel.replicated(mesh)
     everywhere: Callable[[Any], Any] = lambda tree: jax.tree.map(lambda _: whole, tree)
@@ -49,6 +49,7 @@ def init_state(
     batch: Batch,
     *,
     params: Params | None = None,
+    model_state: Params | None = None,
     frozen: Frozen = None,
 ) -> TrainState:
     """A fresh state, created already partitioned: no parameter ever exists whole where it is split.
@@ -59,16 +60,20 @@ def init_state(
         key: PRNG key for the parameters and for all that is random in training.
         batch: arrays or ShapeDtypeStructs of one batch.
         params: start from these model parameters (copied) instead of fresh ones.
+        model_state: start from these batch statistics (copied) instead of fresh ones.
         frozen: the teacher's, arrays or abstract; needed with a teacher.
 
     Raises:
-        ValueError: no rule covers a parameter, `params` do not fit the model, a term owns parameters and `loss_tx` is None, or
-            the problem's gradient would spoil batch statistics or a term's state.
+        ValueError: no rule covers a parameter, `params` or `model_state` do not fit the model, a term owns parameters and
+            `loss_tx` is None, or the problem's gradient would spoil batch statistics or a term's state.
     """
     shapes = abstract_state(problem, mesh, rules, key, batch, frozen=frozen)
     if params is not None and (misfit := trees.first_difference(shapes.params["model"], params)):
         raise ValueError(f"the parameters given do not fit the model: {misfit}")
-    return jax.jit(_initialiser(problem, batch, frozen), out_shardings=shardings_of(shapes))(key, params)
+    if model_state is not None and (misfit := trees.first_difference(shapes.model_state, model_state)):
+        raise ValueError(f"the model state given does not fit the model: {misfit}")
+    init = jax.jit(_initialiser(problem, batch, frozen), out_shardings=shardings_of(shapes))
+    return init(key, params, model_state)
 
 
 def shardings_of(state: TrainState) -> TrainState:
@@ -76,16 +81,19 @@ def shardings_of(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: leaf.sharding, state)
 
 
-def _initialiser(problem: Problem, batch: Batch, frozen: Frozen) -> Callable[[jax.Array, Params | None], TrainState]:
-    """A traceable (key, model params or None) -> TrainState."""
+def _initialiser(
+    problem: Problem, batch: Batch, frozen: Frozen
+) -> Callable[[jax.Array, Params | None, Params | None], TrainState]:
+    """A traceable (key, model params or None, model state or None) -> TrainState."""
     student_capture, teacher_capture = problem.captures
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dict(batch))
 
-    def init(key: jax.Array, params: Params | None) -> TrainState:
+    def init(key: jax.Array, params: Params | None, given_state: Params | None) -> TrainState:
         model_key, loss_key, run_key = jax.random.split(key, 3)
         blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch)
-        fresh, model_state = problem.model.init(model_key, blank)
+        fresh, fresh_state = problem.model.init(model_key, blank)
         model_params = fresh if params is None else jax.tree.map(jnp.asarray, params)
+        model_state = fresh_state if given_state is None else jax.tree.map(jnp.asarray, given_state)
         student = jax.eval_shape(lambda p: problem.model.apply(p, model_state, blank, capture=student_capture)[0], model_params)
         teacher, partner = None, problem.teacher
         if problem.mean_teacher:
