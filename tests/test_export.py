@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bmjax import manifest
+from bmjax import deploy, manifest
 from bmjax.deploy import export, load
 from experiments import predict
 
@@ -268,3 +268,20 @@ def test_mistakes_get_one_line(model, tmp_path, capsys, arguments, message):
     assert err.startswith("error: ")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_the_state_lies_beside_the_parameters_and_goes_with_them(tmp_path):
+    params, state = {"w": np.ones((3, 2), np.float32)}, {"stats": {"mean": np.full(3, 0.5, np.float32)}}
+
+    def write(state):
+        fn = lambda p, x: (x - 0.5) @ p["w"]
+        deploy.export(fn, params, tmp_path, input_shape=(3,), input_dtype="float32", classes=2, metadata={}, state=state)
+
+    write(state)
+    np.testing.assert_array_equal(deploy.load_state(tmp_path)["stats"]["mean"], state["stats"]["mean"])
+    assert set(deploy.load_params(tmp_path)) == {"w"}
+    (tmp_path / "state.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"state\.safetensors has 1 bytes"):
+        deploy.load_state(tmp_path)
+    write({})
+    assert deploy.load_state(tmp_path) == {}

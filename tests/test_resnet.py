@@ -361,3 +361,15 @@ def test_configs_build_what_they_say():
     assert whole == ResNetModule((Stage(16, 16, 2, 16), Stage(32, 32, 2, 32), Stage(64, 64, 2, 64)), 10)
     small = ResNet(depth=8, width=8, norm="group", group=2, shortcut="identity", remat=True).build(SHAPE, 5).module
     assert small == ResNetModule((Stage(4, 4, 0, 4), Stage(8, 8, 0, 8), Stage(16, 16, 0, 16)), 5, 2, False, True)
+
+
+def test_a_run_can_start_from_given_statistics():
+    params, statistics = variables("batch")
+    model, mesh = MODELS["batch"], parallel.make_mesh("data=8")
+    problem = Problem(model, {"ce": (1.0, losses.cross_entropy_term())}, optax.sgd(0.1))
+    start = functools.partial(init_state, problem, mesh, model.rules, jax.random.key(0), batch(), params=params)
+    state = jax.device_get(start(model_state=statistics))
+    jax.tree.map(np.testing.assert_array_equal, state.model_state, statistics)
+    jax.tree.map(np.testing.assert_array_equal, state.params["model"], params)
+    with pytest.raises(ValueError, match=r"the model state given does not fit the model: batch_stats/\S+ is missing"):
+        start(model_state={})

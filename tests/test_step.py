@@ -243,6 +243,7 @@ def test_moments_are_of_the_global_batch():
             "4 classes and the teacher 5",
         ),
         (lambda: run("data=8", Problem(STUDENT, TERMS, optax.sgd(0.1), teacher=TEACHER)), "give the problem a loss_tx"),
+        (lambda: run("data=8", problem({"x": (1.0, lambda s, t, b: s.logits.mean())})), "loss term 'x' returned no Mean"),
         (lambda: run("data=8", problem(), batch={k: v[:12] for k, v in make_batch().items()}), "does not divide over 8 devices"),
     ],
 )

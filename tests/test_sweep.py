@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -190,3 +193,31 @@ def test_runs_are_sorted_by_the_metric_that_is_asked_for(tmp_path, monkeypatch):
     assert len(started) == 6
     assert jobs.falls("valid_nll") and not jobs.falls("test_accuracy")
     assert json.loads((tmp_path / jobs.RESULTS).read_text())["metric"] == "valid_nll"
+
+
+def test_after_ctrl_c_what_runs_is_told_once_and_nothing_else_starts(tmp_path, monkeypatch):
+    told = []
+
+    class Process:
+        def __init__(self, program, *, start_new_session, **_):
+            assert start_new_session  # or the terminal would tell it a second time, which ends a run unsaved
+            self.ended = threading.Event()
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        def wait(self):
+            assert self.ended.wait(20)
+            return 130
+
+        def poll(self):
+            return None
+
+        def send_signal(self, number):
+            told.append(number)
+            self.ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    with pytest.raises(SystemExit) as end:
+        launch("--grid=config.seed=0,1,2", f"--workdir={tmp_path}")
+    assert end.value.code == 130
+    assert told == [signal.SIGINT]
+    assert not (tmp_path / jobs.RESULTS).exists()

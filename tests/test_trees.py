@@ -108,3 +108,9 @@ def test_abstract_keeps_shape_dtype_and_sharding():
 def test_first_difference_is_one_line(found, words):
     expected = {"a": jax.ShapeDtypeStruct((2, 3), jnp.float32), "b": {"c": jax.ShapeDtypeStruct((4,), jnp.int32)}}
     assert trees.first_difference(expected, found) == words
+
+
+def test_nested_is_the_inverse_of_paths():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert trees.nested(trees.paths(tree)) == tree
+    assert trees.nested({}) == {}

@@ -99,6 +99,10 @@ def _evaluate_terms(problem: Problem, params: Params, state: TrainState, frozen:
         )
         result = term.apply(ctx, student, teacher, batch)
         if not isinstance(result, Mean):
+            if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mean)):
+                raise ValueError(
+                    f"the loss term {name!r} returned no Mean; give Mean.of(values, batch['weights']), or (Mean, new state)"
+                )
             result, new = result
             what, old = f"the state of the loss term {name!r}", states.get(name, {})
             states.update({name: _renewed(what, "ctx.all_gather or ctx.psum", old, new)} if jax.tree.leaves(new) else {})
