@@ -34,6 +34,8 @@ def table(results: dict[str, Any]) -> rich.table.Table:
     shown = rich.table.Table("test split", *(model["name"] for model in results["models"]))
     for name, write in {**figures(results["kind"]), **COSTS}.items():
         shown.add_row(name, *map(write, results["models"]))
+    if results.get("bigram_bits") is not None:
+        shown.add_row("a bigram's bits per token", *[f"{results['bigram_bits']:.4f}"] * len(results["models"]))
     return shown
 
 

@@ -233,8 +233,10 @@ def test_tokens(tmp_path):
         "--config.run.steps=5",
         f"--workdir={tmp_path / 'run'}",
     )
-    (model,) = json.loads((tmp_path / "run" / jobs.RESULTS).read_text())["models"]
+    results = json.loads((tmp_path / "run" / jobs.RESULTS).read_text())
+    (model,) = results["models"]
     assert "confusion" not in model["metrics"]
+    assert 0 < results["bigram_bits"] < 4  # each letter is always followed by the same one
     with np.load(tmp_path / "run" / jobs.TEST) as test:
         inputs, targets = test["inputs"], test["targets"]
         weights = test["weights"] if "weights" in test else np.ones(targets.shape)

@@ -106,7 +106,7 @@ def test_her_functions_take_part_and_her_edits_are_noticed(folder, capsys):
     from safetensors.numpy import load_file
 
     params = load_file(folder / "run" / "export" / "params.safetensors")
-    assert float(params["scale"]) == 1.0  # her transform held it still
+    assert float(params["scale"]) == 0.5  # her transform held it still at 1, and her view shows half of it
     launch(folder)  # the same files: nothing to say
     (folder / "helper_of_mine.py").write_text(HELPER + "# a word\n")
     capsys.readouterr()
@@ -144,6 +144,39 @@ def test_her_errors_keep_their_traceback(folder, find, instead, error):
     assert not (folder / "run" / "config.json").exists()
 
 
+def test_a_config_of_another_experiment_is_refused(folder, capsys):
+    (folder / "mine.py").write_text("from experiments.configs.compress.digits import get_config")
+    assert "mine.py makes a bmjax.jobs.compress.Config; this experiment takes a bmjax.jobs.train.Config" in refusal(
+        folder, capsys
+    )
+
+
+def test_mixed_targets_are_refused_by_a_term_that_takes_one_class(folder, capsys):
+    (folder / "mine.py").write_text(MINE.replace("steps=4,", "steps=2, augment=data.Augment(mixup=0.2),"))
+    launch(folder)  # spread reads no targets, and cross-entropy reads both
+    taken = HELPER.replace("(student.logits**2).mean(-1)", "-student.logits[:, 0] * batch['targets']")
+    (folder / "helper_of_mine.py").write_text(taken)
+    sys.modules.pop("helper_of_mine")
+    capsys.readouterr()
+    said = refusal(folder, capsys, f"--workdir={folder / 'other'}")
+    assert "mixup gives each example two targets, and the loss term 'spread' takes one class only; set mixup to 0" in said
+
+
+def test_her_gradient_is_taken(folder):
+    mine = MINE.replace("steps=4,", "steps=4, gradient=still,").replace(
+        "def get_config",
+        "def still(loss, params, batch, ctx):\n    grads, aux = gradients.mean().apply(loss, params, batch, ctx)\n"
+        "    return jax.tree.map(jnp.zeros_like, grads), aux\n\n\ndef get_config",
+    )
+    (folder / "mine.py").write_text(
+        mine.replace("from bmjax.train.loop", "from bmjax.train import gradients\nfrom bmjax.train.loop")
+    )
+    launch(folder)
+    rows = [row for row in logs.read(folder / "run")["model"] if "loss" in row]
+    assert len({row["valid_nll"] for row in logs.read(folder / "run")["model"] if "valid_nll" in row}) == 1
+    assert len(rows) == 4
+
+
 @pytest.mark.parametrize(
     ("find", "instead", "words"),
     [
@@ -160,9 +193,12 @@ def test_her_errors_keep_their_traceback(folder, find, instead, error):
         ),
         ("model=linear", "model=3", "the model is 3; expected a config with build(shape, classes), or a function"),
         ("views=[halved]", "views=[3]", "config.views is [3]; expected a list"),
-        ("(0.25, helper_of_mine.spread)", "helper_of_mine.spread", "config.terms is {'spread': <function spread"),
-        ("source=examples", "source=lambda: 3", "the data source function returned int; expected a bmjax.data.Dataset"),
-        ("(*shape, classes)", "(*shape, 7)", "the model gives logits of shape [8, 7], but the data needs [8, 3]; take another"),
+        ("steps=4,", "steps=4, gradient=3,", "config.run.gradient: a gradient cannot be 3; set a function in a config file"),
+        (
+            "steps=4,",
+            "steps=4, gradient=print, clip_per_example=1.0,",
+            "gradient and clip_per_example are two ways to take the gradient; give one of them",
+        ),
     ],
 )
 def test_what_she_gives_is_checked_before_anything_runs(folder, capsys, find, instead, words):

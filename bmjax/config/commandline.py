@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import shlex
 import sys
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +43,7 @@ def launch(
 
     def run(arguments: list[str], chosen: flags.FlagValues) -> None:
         config = load(chosen.config, presets)
+        _check_kind(chosen.config, config, main)
         if chosen.help:
             flagged.choose_groups(config, arguments, "config")
             there = described(presets)
@@ -54,6 +57,14 @@ def launch(
         main(freeze(config), workdir, command(arguments))
 
     _guarded(run, _preset_flags(default), argv)
+
+
+def _check_kind(name: str, config: Any, main: Callable[..., object]) -> None:
+    """Raises ValueError unless the config is of the class that `main` says its first argument is."""
+    kind = next(iter(typing.get_type_hints(main).values()), Any)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type) and not isinstance(config, kind):
+        found, wanted = (f"{cls.__module__}.{cls.__qualname__}" for cls in (type(config), kind))
+        raise ValueError(f"{name} makes a {found}; this experiment takes a {wanted}")
 
 
 def from_arguments(arguments: Sequence[str], presets: pathlib.Path, default: str) -> Any:

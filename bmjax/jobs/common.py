@@ -152,18 +152,18 @@ def train(
         wrap: (optimiser, steps) -> optimiser, for pruning.
         views: what the forward pass sees of the parameters.
     """
+    trained = problem(model, terms, run, teacher, wrap, views)
     state = runs.fit(
         bench,
         name,
-        problem(model, terms, run, teacher, wrap, views),
+        trained,
         run,
         params=start and start.params,
         model_state=start and start.model_state,
         frozen=teacher and teacher.frozen,
         schedule=None if run.optimizer.custom else run.optimizer.schedule(run.steps),
     )
-    params = runs.outcome(state.params["model"], state.extra)
-    net = Net(model, params, state.model_state, run.steps + (start.steps if start else 0))
+    net = Net(model, runs.result(trained, state), state.model_state, run.steps + (start.steps if start else 0))
     step = runs.step_flops(flops(bench, net), flops(bench, teacher) if teacher else 0, bench.data.batch)
     return net._replace(flops=spent + run.steps * step)
 

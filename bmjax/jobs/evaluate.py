@@ -144,6 +144,8 @@ def _checkpoint(
 ) -> tuple[Any, int]:
     """(evaluation, step) of a checkpoint, over the whole mesh."""
     name = _run(config, folder)
+    if about.get("views"):
+        raise ValueError(f"{folder} was trained with views, functions that no checkpoint holds; evaluate its export instead")
     restored = checkpoint.read(folder / CHECKPOINTS / name, step=config.step, best=config.best)
     held = trees.nested(restored.state)
     params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})

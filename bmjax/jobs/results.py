@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from bmjax.jobs.common import Net
 from bmjax.jobs.search import Analysis, Candidate
 from bmjax.train import log
 from bmjax.train.run import Bench, predictor
+from bmjax.train.throughput import MACHINE
 
 ABOUT = {
     "big": "the original",
@@ -57,12 +59,18 @@ def gather(
         "models": models,
         "candidates": [_candidate(candidate, found_big(bench, nets), candidate is chosen) for candidate in tried],
         "structure": None if chosen is None else structure(analysis, chosen.keeps),
-        "curves": log.read(bench.directory),
+        "curves": _curves(bench.directory),
         "class_names": list(bench.dataset.class_names),
         "environment": common.environment(),
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "notes": [f"{name} was left whole: {why}" for name, why in analysis.left_out.items()],
     }
+
+
+def _curves(directory: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """What was logged of training, without what depends on the machine: the same run has the same results."""
+    rows = log.read(directory)
+    return {name: [{key: row[key] for key in row if key not in MACHINE} for row in part] for name, part in rows.items()}
 
 
 def found_big(bench: Bench, nets: Mapping[str, Net]) -> float:

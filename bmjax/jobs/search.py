@@ -86,7 +86,8 @@ def analyse(bench: Bench, big: Net) -> Analysis:
     found = [group for group in traced if group.name in big.model.axes]
     exact = tuple(group for group in found if not group.note)
     if not exact:
-        raise ValueError("nothing of this model can be removed exactly: " + "; ".join(f"{g.name}: {g.note}" for g in found))
+        why = "; ".join(f"{group.name}: {group.note}" for group in found) or "it names no sizes in `axes`"
+        raise ValueError(f"nothing of this model can be removed exactly: {why}")
     for group in exact:
         logging.info("can shrink: %s, %d elements%s", group.name, group.size, " in each layer" if group.stack else "")
     stacked = any(group.name == "layers" for group in exact)

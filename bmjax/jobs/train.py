@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from bmjax import config as configs
-from bmjax import data, prune, trees
+from bmjax import data, measure, prune, trees
 from bmjax.config import field, within
 from bmjax.distill import Distill
 from bmjax.jobs import architecture, common
@@ -116,6 +116,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
             "command": command,
             "kind": bench.dataset.kind,
             "models": [_measured(bench, name, net, teacher) for name, net in nets.items()],
+            "bigram_bits": _bigram_bits(bench.dataset),
         }
         common.write_json(workdir / RESULTS, results)
         return results
@@ -142,6 +143,18 @@ def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[st
         "sparsity": zeros / max(trees.size(kernels), 1),
         "train_steps": net.steps,
     }
+
+
+def _bigram_bits(dataset: data.Dataset) -> float | None:
+    """Bits per token on the test split of the bigram model of the train split: what a language model must beat.
+
+    None where rows hold padding or several documents, whose neighbours say nothing, and for vocabularies of which most pairs
+    are never seen.
+    """
+    if dataset.kind != "tokens" or dataset.classes > 4096 or dataset.train.extra:
+        return None
+    train, test = (np.concatenate([split.inputs[:, :1], split.targets], axis=1) for split in (dataset.train, dataset.test))
+    return measure.bigram_bits(train, test, dataset.classes)
 
 
 def _write_test(bench: Bench, path: pathlib.Path) -> None:

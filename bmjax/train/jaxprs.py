@@ -1,4 +1,4 @@
-"""What tracing a function tells before anything runs: which of its results are the same, which inputs it looks rows up in."""
+"""What tracing a function tells before anything runs: which of its results are the same, and what it does with its inputs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,22 @@ def alike(fn: Callable[..., Any], *args: Any) -> bool:
 
     for i, var in enumerate((*jaxpr.invars, *jaxpr.constvars)):
         numbers[var] = number(("given", i))
-    for eqn in _needed(jaxpr):
+    for eqn in _needed(jaxpr, jaxpr.outvars)[0]:
         # An array that is closed over does not show in the text; its place in memory tells it from others.
         how = (eqn.primitive.name, str(eqn.params), tuple(map(id, _consts(eqn.params))), tuple(map(of, eqn.invars)))
         for i, var in enumerate(eqn.outvars):
             numbers[var] = number((how, i))
     return len({of(atom) for atom in jaxpr.outvars}) <= 1
+
+
+def read(fn: Callable[..., Sequence[jax.Array]], *args: Any) -> list[Any]:
+    """For each result of `fn(*args)`, a tree of bools like `args`: True for what the result is computed from.
+
+    What goes into a function that is called counts as read, though that function may not use it.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    wanted = [_needed(jaxpr, [var])[1] for var in jaxpr.outvars]
+    return [jax.tree.unflatten(jax.tree.structure(args), [var in used for var in jaxpr.invars]) for used in wanted]
 
 
 def looked_up(fn: Callable[[Params], Any], params: Params) -> Params:
@@ -67,15 +77,15 @@ def _follow(jaxpr: Jaxpr, sources: Sequence[_Source], found: set[int]) -> list[_
     return [of(atom) for atom in jaxpr.outvars]
 
 
-def _needed(jaxpr: Jaxpr) -> list[Any]:
-    """The equations that the results need, in order."""
-    wanted = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+def _needed(jaxpr: Jaxpr, results: Sequence[Any]) -> tuple[list[Any], set[Any]]:
+    """The equations that some results need, in order, and all variables that those read."""
+    wanted = {atom for atom in results if not isinstance(atom, Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
         if not wanted.isdisjoint(eqn.outvars):
             kept.append(eqn)
             wanted.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return kept[::-1]
+    return kept[::-1], wanted
 
 
 def _consts(params: dict[str, Any]) -> Iterator[Any]:

@@ -157,8 +157,12 @@ class _Host:
                 scores = self.evaluate(state)
                 self.log.scalars(done, {f"valid_{key}": value for key, value in scores.items()}, self.name)
             if self.checkpoints is not None and saves:
-                self.checkpoints.save(done, state, metric=None if scores is None else scores[self.best])
+                self.checkpoints.save(done, state, metric=None if scores is None else self._metric(scores))
         return True
+
+    def _metric(self, scores: Mapping[str, float]) -> float:
+        """What the best checkpoint has most of."""
+        return -scores[self.best[1:]] if self.best.startswith("-") else scores[self.best]
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Around what is no part of training, so that it does not count as slow steps."""
@@ -195,7 +199,7 @@ def fit(
         log: a `train.log.Log`.
         name: what this run is called in the log.
         every: how often to log, evaluate and save.
-        evaluate: state -> metrics; the one called `best` decides the best checkpoint.
+        evaluate: state -> metrics; the one called `best` decides the best checkpoint, the highest or, as in "-nll", the lowest.
         checkpoints: a `train.checkpoint.Checkpoints`, or None to save nothing.
         best: see `evaluate`.
         meter: adds its figures to the lines of the log.

@@ -11,7 +11,7 @@ from bmjax import trees
 from bmjax.parallel import collectives
 from bmjax.train import precision
 from bmjax.train.gradients import accumulate
-from bmjax.train.jaxprs import alike
+from bmjax.train.jaxprs import alike, read
 from bmjax.train.problem import Frozen, Metrics, Problem
 from bmjax.types import Aux, Batch, Context, GradientContext, Mean, Memory, Outputs, Params, TrainState
 
@@ -70,6 +70,17 @@ def counts_agree(problem: Problem, state: TrainState, frozen: Frozen, batch: Bat
             "give them the same weights, or use the gradient mean()"
         )
     return agree
+
+
+def batch_keys(problem: Problem, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, set[str]]:
+    """{term: the arrays of the batch that its value is computed from}, found by tracing."""
+    memory = _memory(problem, state)
+
+    def totals(batch: Batch, state: TrainState, frozen: Frozen) -> list[jax.Array]:
+        return [mean.total for mean in _evaluate_terms(problem, state.params, state, frozen, batch, memory).means.values()]
+
+    found = read(totals, dict(batch), state, frozen)
+    return {name: {key for key, used in keys.items() if used} for name, (keys, _, _) in zip(problem.terms, found)}
 
 
 def _memory(problem: Problem, state: TrainState) -> Memory:

@@ -22,12 +22,18 @@ from bmjax.parallel.rules import Rules
 from bmjax.train import executors, gradients, loop
 from bmjax.train.checkpoint import Checkpoints
 from bmjax.train.log import Log
+from bmjax.train.objective import batch_keys
 from bmjax.train.optimizer import Optimizer
 from bmjax.train.precision import COMPUTE_DTYPES
 from bmjax.train.profile import Profile, check_window
 from bmjax.train.step import Frozen, Problem, abstract_state, init_state, make_step
 from bmjax.train.throughput import Meter
-from bmjax.types import Batch, Model, Params, TrainState
+from bmjax.types import Batch, Gradient, Model, Params, TrainState
+
+
+def _check_gradient(value: Any) -> None:
+    if not (callable(value) or isinstance(value, Gradient)):
+        raise ValueError(f"a gradient cannot be {value!r}; set a function in a config file")
 
 
 @dataclasses.dataclass
@@ -45,6 +51,7 @@ class Run:
         check=within(0, 1, open_high=True),
     )
     clip_per_example: float = field(0.0, "largest norm of each example's own gradient; 0 does not clip", check=at_least(0))
+    gradient: Any = field(None, "your own gradient, (loss_fn, params, batch, ctx) -> (grads, aux)", check=_check_gradient)
     norms: bool = field(False, "log the norms of gradient and update")
     optimizer: Optimizer = field(Optimizer(), "the update rule")
     augment: data.Augment = field(data.Augment(), "random changes of the training inputs")
@@ -52,16 +59,19 @@ class Run:
     profile: str = field("", "from:to, the steps to record in workdir/profile, as in 100:110; empty records none")
 
     def validate(self) -> None:
-        """Raises ValueError if the steps to record are not some of the run's."""
+        """Raises ValueError if the steps to record are not some of the run's, or two gradients are asked for."""
         check_window(self.profile, self.steps)
+        if self.gradient is not None and self.clip_per_example:
+            raise ValueError("gradient and clip_per_example are two ways to take the gradient; give one of them")
 
     @property
     def how(self) -> dict[str, Any]:
         """What a `Problem` takes of these settings, beside its optimisers."""
+        clipped = gradients.clipped_per_example(self.clip_per_example) if self.clip_per_example else gradients.mean()
         return {
             "accumulate": self.accumulate,
             "microbatch_statistics": self.microbatch_statistics,
-            "gradient": gradients.clipped_per_example(self.clip_per_example) if self.clip_per_example else gradients.mean(),
+            "gradient": self.gradient or clipped,
             "compute_dtype": self.compute_dtype,
             "ema": self.ema or None,
             "norms": self.norms,
@@ -151,6 +161,7 @@ def fit(
                 every=run.every,
                 evaluate=lambda state: _scores(bench, problem, state),
                 checkpoints=checkpoints,
+                best="-nll" if bench.dataset.kind == "tokens" else "accuracy",
                 meter=Meter.of(problem, state, frozen, example, bench.mesh.devices.flat, schedule),
                 profile=Profile(run.profile, bench.directory / "profile" / name),
             )
@@ -171,6 +182,10 @@ def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> No
     example = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)[0]
     abstract = abstract_state(problem, bench.mesh, rules_of(problem.model), jax.random.key(bench.seed), example, frozen=frozen)
     jax.eval_shape(make_step(problem, bench.mesh, abstract, run.executor), abstract, frozen, example)
+    if run.augment.mixes:
+        for name, keys in batch_keys(problem, abstract, frozen, example).items():
+            mixable = "targets" not in keys or "mix" in keys
+            data.check_augment(run.augment, bench.dataset.train, mixable=mixable, loss=f"the loss term {name!r}")
 
 
 def rules_of(model: Any) -> Rules:
@@ -197,11 +212,21 @@ def outcome(params: Params, extra: Mapping[str, Any]) -> Params:
     return jax.tree.map(lambda now, average: jnp.where(now == 0, 0, average), params, extra["ema"])
 
 
+def result(problem: Problem, state: TrainState) -> Params:
+    """The model's parameters that are evaluated and exported: the `outcome` as the forward pass sees it, through the views."""
+
+    def through(params: Params, opt_state: Any, step: jax.Array) -> Params:
+        for view in problem.views:
+            params = view(params, opt_state, step)
+        return params
+
+    params = outcome(state.params["model"], state.extra)
+    return jax.jit(through)(params, state.opt_state["model"], state.step) if problem.views else params
+
+
 def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, float]:
     """What is logged of the validation split."""
-    logits = functools.partial(
-        predictor(cast(Any, problem.model)), outcome(state.params["model"], state.extra), state.model_state
-    )
+    logits = functools.partial(predictor(cast(Any, problem.model)), result(problem, state), state.model_state)
     found = evaluate(bench, logits, bench.dataset.valid).summary
     return {name: found[name] for name in ("accuracy", "nll", "bits_per_token", "perplexity") if name in found}
 

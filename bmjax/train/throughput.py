@@ -20,6 +20,15 @@ from bmjax.types import Batch, TrainState
 
 Item = TypeVar("Item")
 
+MACHINE = (
+    "steps_per_s",
+    "examples_per_s",
+    "tokens_per_s",
+    "data_wait",
+    "mfu",
+    "memory_gib",
+)  # figures of the machine, not the run
+
 # Dense bfloat16 FLOP/s of one device by what its `device_kind` starts with, from the vendors' data sheets (NVIDIA's figures
 # halved where they assume 2:4 sparsity; Google's are of a chip, which is a device). The first match counts.
 PEAKS: tuple[tuple[str, float], ...] = (
