@@ -31,7 +31,15 @@ class Mean(NamedTuple):
         Args:
             values: [...] float.
             weights: 0 or more; the shape of `values` or its leading axes: a weight [B] holds for all positions of [B, T].
+
+        Raises:
+            ValueError: the shapes do not go together.
         """
+        if values.shape[: weights.ndim] != weights.shape:
+            raise ValueError(
+                f"Mean.of was given values {list(values.shape)} and weights {list(weights.shape)}; the weights' axes must be "
+                "the first ones of the values: one value for each item, not their mean"
+            )
         weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim)).astype(jnp.float32)
         weights = jax.lax.stop_gradient(jnp.broadcast_to(weights, values.shape))
         return cls(jnp.sum(weights * jnp.where(weights > 0, values, 0.0)), jnp.sum(weights))

@@ -3,14 +3,14 @@
 import jax
 import optax
 
-from bmjax import data, losses, parallel, prune, train
+from bmjax import data, losses, parallel, prune, train, trees
 from bmjax.models import Plain
 
 
 def centred():
-    """Subtracts the mean over the inputs of each unit from the gradient of a kernel [inputs, units]."""
-    centre = lambda g: g - g.mean(axis=0) if g.ndim > 1 else g
-    return optax.stateless(lambda gradients, params: jax.tree.map(centre, gradients))
+    """Subtracts the mean over the inputs of each unit from the gradient of a kernel [..., inputs, units]."""
+    centre = lambda path, g: g - g.mean(axis=-2, keepdims=True) if path.endswith("kernel") else g
+    return optax.stateless(lambda gradients, params: trees.map_with_path(centre, gradients))
 
 
 parallel.simulate(8)

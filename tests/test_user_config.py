@@ -23,7 +23,7 @@ MINE = '''
 """Mine."""
 import helper_of_mine
 import jax, jax.numpy as jnp, numpy as np, optax
-from bmjax import data
+from bmjax import data, prune
 from bmjax.jobs.common import Machine
 from bmjax.jobs.train import Config
 from bmjax.models import adapters
@@ -162,6 +162,20 @@ def test_mixed_targets_are_refused_by_a_term_that_takes_one_class(folder, capsys
     assert "mixup gives each example two targets, and the loss term 'spread' takes one class only; set mixup to 0" in said
 
 
+def test_her_criterion_and_weights_count_and_the_flags_go_on_working(folder):
+    """The criterion keeps the first rows of the kernel, whatever is in them."""
+    first = "prune.per_weight(lambda s: jax.tree.map(lambda w: -jnp.arange(w.size * 1.0).reshape(w.shape), s.params))"
+    settings = f"prune=prune.Sparsity(0.2, begin=0.0, end=0.5, interval=1, criterion={first})"
+    (folder / "mine.py").write_text(MINE.replace("views=[halved]", settings))
+    launch(folder, "--config.prune.sparsity=0.4", "--config.weights=spread=0.5")
+    from safetensors.numpy import load_file
+
+    kernel = load_file(folder / "run" / "export" / "params.safetensors")["kernel"]
+    np.testing.assert_array_equal(kernel.ravel() != 0, np.arange(15) < 9)
+    rows = [row for row in logs.read(folder / "run")["model"] if "loss" in row]
+    assert rows[0]["loss"] == pytest.approx(rows[0]["ce"] + 0.5 * rows[0]["spread"], rel=1e-5)
+
+
 def test_her_gradient_is_taken(folder):
     mine = MINE.replace("steps=4,", "steps=4, gradient=still,").replace(
         "def get_config",
@@ -193,6 +207,22 @@ def test_her_gradient_is_taken(folder):
         ),
         ("model=linear", "model=3", "the model is 3; expected a config with build(shape, classes), or a function"),
         ("views=[halved]", "views=[3]", "config.views is [3]; expected a list"),
+        (
+            "return Mean.of((student.logits**2).mean(-1)",
+            "return Mean.of((student.logits**2).mean()",
+            "the loss term 'spread': Mean.of was given values [] and weights [8]; the weights' axes must be the first ones",
+        ),
+        ("views=[halved]", "weights={'spreed': 1.0}", "config.weights names 'spreed'; the loss terms are ce, spread"),
+        (
+            "transform=frozen_scale",
+            "prune=prune.Sparsity(0.5), transform=lambda tx, steps: prune.around(tx, sparsity=0.8)",
+            "config.transform prunes already, and config.prune.sparsity is 0.5; set one of them",
+        ),
+        (
+            "views=[halved]",
+            "prune=prune.Sparsity(0.5, criterion=prune.per_weight(lambda s: jax.tree.map(jnp.sum, s.params)))",
+            "the criterion's scores do not fit the parameters: kernel has shape",
+        ),
         ("steps=4,", "steps=4, gradient=3,", "config.run.gradient: a gradient cannot be 3; set a function in a config file"),
         (
             "steps=4,",
@@ -202,8 +232,9 @@ def test_her_gradient_is_taken(folder):
     ],
 )
 def test_what_she_gives_is_checked_before_anything_runs(folder, capsys, find, instead, words):
-    assert find in MINE
+    assert find in MINE + HELPER
     (folder / "mine.py").write_text(MINE.replace(find, instead))
+    (folder / "helper_of_mine.py").write_text(HELPER.replace(find, instead))
     assert words in refusal(folder, capsys)
 
 

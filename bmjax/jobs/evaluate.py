@@ -122,7 +122,10 @@ def _check_source(config: Config, about: Mapping[str, Any]) -> None:
     source = config.data.source
     recorded = (about.get("data_config") or {}).get("source")
     if source == recorded and isinstance(source, str) and source.partition(":")[0] not in data.SOURCES:
-        raise ValueError(f"the data of {config.model} came from a function, {source}; say where they are with --data.source")
+        raise ValueError(
+            f"the data of {config.model} came from a function, {source}, which evaluate cannot call; give a source by name as "
+            "--data.source, or read the run's results.json"
+        )
 
 
 def _program(

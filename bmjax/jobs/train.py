@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
@@ -52,6 +53,7 @@ class Config:
     model: Any = field(Plain(), "what is trained, or a function (shape, classes) -> Model", kinds=architecture.kinds())
     task: Task = field(Task(), "the loss against the labels")
     terms: dict[str, tuple[float, LossTerm]] = field({}, "your own loss terms, {name: (weight, term)}, added to the objective")
+    weights: dict[str, float] = field({}, "weights of loss terms by name, in place of those they come with, as in focal=0.1")
     run: Run = field(Run(), "how long, and with what optimiser")
     transform: Transform | list[Transform] | None = field(
         None, "your own (optimiser, steps) -> optimiser, one or a list in order; pruning comes after it"
@@ -70,24 +72,31 @@ class Config:
         Raises:
             ValueError: a transform returns no optax transform.
         """
+        return self.prune.after(self.transformed(tx, steps), steps)
+
+    def transformed(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+        """The optimiser with the user's transforms alone. Raises ValueError as `wrap`."""
         own = self.transform if isinstance(self.transform, list) else [self.transform] if self.transform else []
         for transform in own:
             tx = transform(tx, steps)
             if not (hasattr(tx, "init") and hasattr(tx, "update")):
                 raise ValueError(f"config.transform returned {type(tx).__name__}; expected an optax transform")
-        return self.prune.after(tx, steps)
+        return tx
 
     def objective(self) -> tuple[Terms, Terms]:
         """(the terms of labels alone, all terms that the model is trained on).
 
         Raises:
-            ValueError: a term of the user's has the name of another.
+            ValueError: a term of the user's has the name of another, or a weight is given for no term.
         """
         plain = {"ce": (1.0, self.task.term())}
         whole = plain if self.teacher is None else self.teacher.distill.terms(self.task.term())
         if taken := set(whole) & set(self.terms):
             raise ValueError(f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name")
-        return plain, {**whole, **self.terms}
+        terms = {**whole, **self.terms}
+        if unknown := sorted(set(self.weights) - set(terms)):
+            raise ValueError(f"config.weights names {unknown[0]!r}; the loss terms are {', '.join(terms)}")
+        return plain, {name: (self.weights.get(name, weight), term) for name, (weight, term) in terms.items()}
 
 
 def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]:
@@ -105,6 +114,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         views = tuple(config.views)
         teacher = None if tutor is None else _teacher(bench, tutor, plain)
         common.check(bench, model, terms, config.run, teacher=teacher, wrap=config.wrap, views=views)
+        _check_pruning(config, bench.shapes(model)[0])
         common.record(config, bench)
         if tutor is not None and teacher is not None and not tutor.pretrained:
             teacher = common.train(bench, "teacher", teacher.model, plain, tutor.run)
@@ -120,6 +130,18 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         }
         common.write_json(workdir / RESULTS, results)
         return results
+
+
+def _check_pruning(config: Config, params: Any) -> None:
+    """Raises ValueError if both the user's transforms and the config prune: their sparsities would not add up to either."""
+    if not config.prune.sparsity:
+        return
+    own = config.transformed(config.run.optimizer.build(config.run.steps), config.run.steps)
+    if prune.prunes(jax.eval_shape(own.init, params)):
+        raise ValueError(
+            f"config.transform prunes already, and config.prune.sparsity is {config.prune.sparsity:g}; set one of them "
+            "(a criterion of your own can be config.prune.criterion)"
+        )
 
 
 def _teacher(bench: Bench, tutor: Teacher, plain: Terms) -> Net:

@@ -11,7 +11,7 @@ from bmjax.prune.patterns import Pattern, groups, left_out, unstructured
 from bmjax.prune.schedules import Schedule, constant, cubic, one_shot
 from bmjax.prune.settings import Sparsity
 from bmjax.prune.threshold import kth_largest, topk_mask
-from bmjax.prune.transform import AroundState, Report, Row, SparsifyState, around, keeps, masks, sparsify, sparsity_report
+from bmjax.prune.transform import AroundState, Report, Row, SparsifyState, around, keeps, masks, prunes, sparsify, sparsity_report
 
 __all__ = [
     "Allocation",
@@ -37,6 +37,7 @@ __all__ = [
     "masks",
     "one_shot",
     "per_weight",
+    "prunes",
     "sparsify",
     "sparsity_report",
     "topk_mask",

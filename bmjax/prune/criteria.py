@@ -42,13 +42,27 @@ class Criterion(NamedTuple):
 
 
 def per_weight(weights: Weights) -> Criterion:
-    """A criterion from scores of weights: an element is worth the sum of squares of its weights' scores."""
+    """A criterion from scores of weights: an element is worth the sum of squares of its weights' scores.
+
+    Args:
+        weights: Seen -> a tree like its params, one score for each weight. Arrays of scanned layers have the layer as their first
+            axis, biases and norms too.
+
+    Raises:
+        ValueError: when the optimiser is initialised: scores of another shape than the parameters.
+    """
+
+    def checked(seen: Seen) -> Any:
+        scores = weights(seen)
+        if difference := trees.first_difference(_shapes(seen.params), _shapes(scores)):
+            raise ValueError(f"the criterion's scores do not fit the parameters: {difference}; give one score for each weight")
+        return scores
 
     def elements(groups: Sequence[Group], seen: Seen) -> dict[str, jax.Array]:
-        squares = jax.tree.map(lambda score: jnp.square(score.astype(jnp.float32)), weights(seen))
+        squares = jax.tree.map(lambda score: jnp.square(score.astype(jnp.float32)), checked(seen))
         return {group.name: keep.pool(group, squares) for group in groups}
 
-    return Criterion(weights, elements)
+    return Criterion(checked, elements)
 
 
 def magnitude() -> Criterion:

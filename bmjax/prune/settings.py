@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import optax
 
 from bmjax.config import above, at_least, field, within
 from bmjax.prune.allocation import global_threshold, uniform
+from bmjax.prune.criteria import Criterion
 from bmjax.prune.schedules import cubic, one_shot
-from bmjax.prune.transform import sparsify
+from bmjax.prune.transform import around, sparsify
 
 
 @dataclasses.dataclass
@@ -22,6 +24,7 @@ class Sparsity:
     begin: float = field(0.2, "fraction of the steps after which pruning begins", check=within(0, 1))
     end: float = field(0.7, "fraction of the steps after which the target is reached", check=above(0))
     interval: int = field(10, "steps between new masks", check=at_least(1))
+    criterion: Criterion | None = field(None, "your own; it sees the raw gradients. none goes by magnitude")
 
     def validate(self) -> None:
         """Raises ValueError if pruning does not end after it begins and before the run does."""
@@ -29,14 +32,14 @@ class Sparsity:
             raise ValueError(f"pruning begins at {self.begin} and ends at {self.end}; expected begin < end <= 1")
 
     def after(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        """The optimiser with pruning chained behind it, for a run of `steps` updates."""
+        """The optimiser with pruning chained behind it (around it, for a criterion of one's own), for a run of `steps` updates."""
         if not self.sparsity:
             return tx
         begin, end = int(self.begin * steps), max(int(self.end * steps), 1)
-        pruning = sparsify(
-            sparsity=self.sparsity,
-            allocation={"uniform": uniform, "global": global_threshold}[self.allocation](),
-            schedule=cubic(min(begin, end - 1), end) if self.schedule == "cubic" else one_shot(end),
-            every=self.interval,
-        )
-        return optax.chain(tx, pruning)
+        how: dict[str, Any] = {
+            "sparsity": self.sparsity,
+            "allocation": {"uniform": uniform, "global": global_threshold}[self.allocation](),
+            "schedule": cubic(min(begin, end - 1), end) if self.schedule == "cubic" else one_shot(end),
+            "every": self.interval,
+        }
+        return optax.chain(tx, sparsify(**how)) if self.criterion is None else around(tx, self.criterion, **how)

@@ -249,9 +249,18 @@ def around(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _states(opt_state: Any) -> list[SparsifyState]:
+def prunes(opt_state: Any) -> bool:
+    """Whether an optimiser's state, real or abstract, holds masks."""
+    return bool(_found(opt_state))
+
+
+def _found(opt_state: Any) -> list[SparsifyState]:
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparsifyState))
-    found = [leaf for leaf in leaves if isinstance(leaf, SparsifyState)]
+    return [leaf for leaf in leaves if isinstance(leaf, SparsifyState)]
+
+
+def _states(opt_state: Any) -> list[SparsifyState]:
+    found = _found(opt_state)
     if not found:
         raise ValueError("the optimiser's state holds no masks; build the optimiser with sparsify(...) or around(...)")
     return found

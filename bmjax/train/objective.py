@@ -108,7 +108,13 @@ def _evaluate_terms(problem: Problem, params: Params, state: TrainState, frozen:
             psum=collectives.psum,
             all_gather=collectives.all_gather,
         )
-        result = term.apply(ctx, student, teacher, batch)
+        try:
+            result = term.apply(ctx, student, teacher, batch)
+        except Exception as error:
+            if str(error).startswith("Mean.of"):
+                raise ValueError(f"the loss term {name!r}: {error}") from None
+            error.add_note(f"This came from the loss term {name!r}.")
+            raise
         if not isinstance(result, Mean):
             if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], Mean)):
                 raise ValueError(

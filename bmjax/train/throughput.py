@@ -198,11 +198,9 @@ def probe(step: jax.Array, opt_state: Any, schedule: optax.Schedule | None) -> d
 
 
 def _sparsity(opt_state: Any) -> dict[str, jax.Array]:
-    try:
-        masks = prune.masks(opt_state)
-    except ValueError:  # nothing is pruned
+    if not prune.prunes(opt_state):
         return {}
-    pruned = {path: mask for path, mask in trees.paths(masks).items() if mask.ndim > 0}
+    pruned = {path: mask for path, mask in trees.paths(prune.masks(opt_state)).items() if mask.ndim > 0}
     figures = {path: _dropped(mask).sum() / mask.size for path, mask in pruned.items()}
     stacks = [mask for path, mask in pruned.items() if re.match(r"layers/(?!\d)", path) and mask.ndim > 2]
     if stacks:
