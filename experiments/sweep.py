@@ -7,6 +7,7 @@ A field goes by the end of its path. Runs are sorted by the validation split; th
 """
 
 import pathlib
+import sys
 from typing import Any
 
 import rich.console
@@ -28,6 +29,8 @@ def main(settings: Config, rest: list[str], command: str) -> None:
     picture = pathlib.Path(settings.workdir or "runs/sweep").expanduser() / PICTURE
     if picture.exists():
         console.print(f"picture: {picture.absolute()}", soft_wrap=True)
+    if all(row["error"] for row in results["runs"]):
+        sys.exit(1)
 
 
 def table(results: dict[str, Any]) -> rich.table.Table:

@@ -26,7 +26,7 @@ def main(settings: Config, workdir: pathlib.Path, command: str) -> None:
     console.print(table(results))
     console.print(f"export: {(workdir / EXPORT).absolute()}", soft_wrap=True)
     if settings.predict:
-        predict(workdir)
+        predict(workdir, "npz" if results["kind"] == "tokens" else "csv")
 
 
 def table(results: dict[str, Any]) -> rich.table.Table:
@@ -67,9 +67,9 @@ def _or_dash(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def predict(workdir: pathlib.Path) -> None:
+def predict(workdir: pathlib.Path, ending: str) -> None:
     """Predicts the test split from the exported file, in a process that does not know bmjax."""
-    flags = {"model": workdir / EXPORT, "input": workdir / TEST, "output": workdir / "predictions.csv"}
+    flags = {"model": workdir / EXPORT, "input": workdir / TEST, "output": workdir / f"predictions.{ending}"}
     arguments = [f"--{name}={path}" for name, path in flags.items()]
     subprocess.run([sys.executable, "-m", "experiments.predict", *arguments], check=True)
 

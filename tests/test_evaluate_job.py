@@ -176,4 +176,6 @@ def test_a_model_of_the_users_own_is_evaluated_by_its_export(workdir, refused, t
     assert "cannot be built: it does not say what the model is" in said
     assert "evaluate its export instead" in said
     (copy / "config.json").write_text(json.dumps({**record, "data": {**record["data"], "source": "mine_config:examples"}}))
-    assert "came from a function, mine_config:examples, which evaluate cannot call; give a source by name" in refused(f"--model={copy}")
+    assert "came from a function, mine_config:examples, which evaluate cannot call; give a source by name" in refused(
+        f"--model={copy}"
+    )

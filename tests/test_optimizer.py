@@ -125,9 +125,15 @@ def test_decay_is_decoupled_and_scaled_by_the_rate(name, steps):
 
 
 def test_a_regex_leaves_parameters_out_of_decay():
-    found = update(Optimizer("adamw", 0.1, warmup=0.0, weight_decay=0.5, no_decay="bias|kernel"), PARAMS, ZEROS)["layer"]
-    np.testing.assert_array_equal(found["kernel"], 0)
-    np.testing.assert_allclose(found["scale"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    params = {"layer": PARAMS["layer"], "head": PARAMS["layer"]}
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    found = update(Optimizer("adamw", 0.1, warmup=0.0, weight_decay=0.5, no_decay="head"), params, zeros)
+    np.testing.assert_allclose(found["layer"]["kernel"], -0.1 * 0.5 * 2.0, rtol=1e-6)
+    np.testing.assert_array_equal(found["head"]["kernel"], 0)
+    for part in found.values():  # what is no kernel does not decay in any case
+        np.testing.assert_array_equal(part["scale"], 0)
+    with pytest.raises(ValueError, match="no_decay is 'hed', which is found in no parameter's path"):
+        update(Optimizer("adamw", 0.1, weight_decay=0.5, no_decay="hed"), params, zeros)
 
 
 def test_nesterov_looks_ahead():

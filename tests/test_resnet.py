@@ -282,7 +282,7 @@ def test_the_rules_split_kernels_only_and_leave_the_rest_whole():
     shardings = trees.paths(parallel.partition(variables("group")[0], MODELS["group"].rules, mesh))
     split = {path for path, sharding in shardings.items() if any(sharding.spec)}
     assert split == {path for path in shardings if path.endswith("kernel")}
-    assert tuple(shardings["stage_0/rest/conv1/kernel"].spec) == (None, None, None, "fsdp", "tensor")
+    assert tuple(shardings["stage_0/rest/conv1/kernel"].spec) == (None, None, None, None, "fsdp")
 
 
 @pytest.mark.parametrize("name", MODELS)

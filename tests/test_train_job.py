@@ -248,3 +248,32 @@ def test_tokens(tmp_path):
     assert model["metrics"]["nll"] == pytest.approx(nll, rel=1e-4)
     assert model["metrics"]["bits_per_token"] == pytest.approx(nll / np.log(2), rel=1e-4)
     assert model["valid"]["perplexity"] > 1
+
+
+def test_token_ids_with_a_class_train_an_encoder(tmp_path):
+    rng = np.random.default_rng(0)
+    targets = np.arange(120) % 2
+    inputs = np.where(targets[:, None] == 1, rng.integers(10, 20, (120, 6)), rng.integers(0, 10, (120, 6)))
+    np.savez(tmp_path / "ids.npz", inputs=inputs, targets=targets)
+    launch(
+        f"--config.data.source=arrays:{tmp_path / 'ids.npz'}",
+        "--config.data.vocabulary=20",
+        "--config.data.batch=16",
+        "--config.machine.devices=0",
+        "--config.machine.tensorboard=false",
+        "--config.model=Encoder",
+        "--config.model.layers=1",
+        "--config.model.width=8",
+        "--config.model.heads=2",
+        "--config.model.neurons=8",
+        "--config.model.vocabulary=20",
+        "--config.run.steps=60",
+        "--config.run.optimizer.learning_rate=0.03",
+        f"--workdir={tmp_path / 'run'}",
+    )
+    (model,) = json.loads((tmp_path / "run" / jobs.RESULTS).read_text())["models"]
+    assert model["metrics"]["accuracy"] > 0.9
+    with np.load(tmp_path / "run" / jobs.TEST) as test:
+        assert test["inputs"].dtype == np.int32
+        found = np.asarray(deploy.load(tmp_path / "run" / jobs.EXPORT)(test["inputs"])).argmax(-1)
+        assert (found == test["targets"]).mean() == pytest.approx(model["metrics"]["accuracy"])

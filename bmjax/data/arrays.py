@@ -34,7 +34,7 @@ def load(argument: str, data: Data) -> Dataset:
         whole = targets.dtype.kind in "iu" and targets.size > 0
         class_names = [str(label) for label in range(int(targets.max()) + 1 if whole else 2)]
     rows = _rows(name, arrays, data)
-    return build(name, arrays["inputs"], targets, rows, class_names=class_names, limit=data.limit)
+    return build(name, arrays["inputs"], targets, rows, class_names=class_names, limit=data.limit, vocabulary=data.vocabulary)
 
 
 def _read(argument: str) -> dict[str, np.ndarray]:

@@ -88,7 +88,7 @@ class Dataset:
         offset, scale: float32, broadcast against one raw example: normalised = (raw - offset) / scale.
         fingerprint: sha256 (hex) of raw inputs, targets and splits.
         kind: "classes", or "tokens" where inputs and targets are token ids [n, T].
-        vocabulary: number of token ids; 0 for classes.
+        vocabulary: number of token ids; 0 where inputs are no ids.
     """
 
     name: str
@@ -108,18 +108,23 @@ class Dataset:
         return self.vocabulary if self.kind == "tokens" else len(self.class_names)
 
     @property
+    def ids(self) -> bool:
+        """Whether inputs are token ids: those of language data, or of texts that have a class."""
+        return self.train.tokens
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example's inputs."""
         return self.train.inputs.shape[1:]
 
     def normalise(self, raw: np.ndarray) -> np.ndarray:
         """Raw inputs [n, ...] as the model takes them: float32, or int32 ids."""
-        return _plain(raw) if self.kind == "tokens" else ((raw - self.offset) / self.scale).astype(np.float32)
+        return _plain(raw) if self.ids else ((raw - self.offset) / self.scale).astype(np.float32)
 
     def raw(self, split: Split) -> np.ndarray:
         """A split's inputs as the source had them: float32, or int32 ids."""
-        if self.kind == "tokens" or split.offset is not None:
-            return split.inputs.astype(np.int32 if self.kind == "tokens" else np.float32)
+        if self.ids or split.offset is not None:
+            return split.inputs.astype(np.int32 if self.ids else np.float32)
         return (split.inputs * self.scale + self.offset).astype(np.float32)
 
 
@@ -134,6 +139,7 @@ def build(
     scale: np.ndarray | None = None,
     ids: np.ndarray | None = None,
     limit: int = 0,
+    vocabulary: int = 0,
 ) -> Dataset:
     """Checks a source's arrays and makes a Dataset of them.
 
@@ -149,12 +155,16 @@ def build(
             [n, H, W, C]) over the train split where not given.
         ids: ints [n], what each row is called in the source; its number if not given.
         limit: see `limited`.
+        vocabulary: above 0, inputs are token ids [n, T] below it and stay as they are.
 
     Raises:
-        ValueError: arrays are empty, not finite, of different lengths; a label is outside the classes; a split is empty or shares
-            rows with another.
+        ValueError: arrays are empty, not finite, of different lengths; a label is outside the classes; an id is outside the
+            vocabulary; a split is empty or shares rows with another.
     """
     _check_arrays(name, inputs, targets, len(class_names))
+    if vocabulary:
+        _check_token_inputs(name, inputs, vocabulary)
+        offset, scale = np.zeros((), np.float32), np.ones((), np.float32)
     _check_rows(name, rows, len(inputs))
     rows = limited(rows, targets, limit) if limit else rows
     raw = inputs.dtype == np.uint8 and inputs.ndim == 4
@@ -162,7 +172,7 @@ def build(
         offset, scale = _byte_moments(inputs, rows["train"]) if raw else _moments(inputs, rows["train"])
         scale = np.where(scale > 0, scale, 1.0)
     offset, scale = np.asarray(offset, np.float32), np.asarray(scale, np.float32)
-    stored = inputs if raw else ((inputs - offset) / scale).astype(np.float32)
+    stored = inputs if raw or vocabulary else ((inputs - offset) / scale).astype(np.float32)
     # Repeated over the whole example: a subtraction that broadcasts over three channels takes ten times longer.
     later = [np.broadcast_to(array, inputs.shape[1:]).copy() for array in (offset, scale)] if raw else [None, None]
     ids = np.arange(len(inputs)) if ids is None else ids
@@ -179,7 +189,17 @@ def build(
         offset=offset,
         scale=scale,
         fingerprint=sha256(inputs, targets, *(rows[key] for key in SPLITS)),
+        vocabulary=vocabulary,
     )
+
+
+def _check_token_inputs(name: str, inputs: np.ndarray, vocabulary: int) -> None:
+    if inputs.dtype.kind not in "iu" or inputs.ndim != 2:
+        raise ValueError(f"{name}: inputs are {inputs.dtype} {list(inputs.shape)}; expected token ids, integers [n, T]")
+    low, high = int(inputs.min()), int(inputs.max())
+    if low < 0 or high >= vocabulary:
+        wrong = low if low < 0 else high
+        raise ValueError(f"{name}: the inputs hold the id {wrong}, which is outside the vocabulary of {vocabulary}")
 
 
 def _at(array: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -42,6 +42,10 @@ def load(argument: str, data: Data) -> Dataset:
         logging.warning("%s: %s; they are skipped", name, report)
         kept[list(failed)] = False
         pixels = pixels[kept]
+        left = np.bincount(found.targets[order[kept]], minlength=len(found.class_names))
+        if not left.all():
+            empty = found.class_names[int(left.argmin())]
+            raise ValueError(f"{name}: no image of the class {empty!r} can be read; mend them, or take the class away")
     places, last = {}, 0
     for key, part in zip(SPLITS, np.split(kept, np.cumsum([len(rows[key]) for key in SPLITS])[:-1])):
         places[key] = np.arange(last, last + part.sum())

@@ -40,7 +40,11 @@ class Data:
     length: int = field(256, "tokens: how many a sequence", check=at_least(1))
     packing: str = field("concat", "tokens: one stream cut anywhere, or whole documents, padded", choices=("concat", "first_fit"))
     tokenizer: str = field("", "text: a tokenizers JSON file; empty takes bytes")
-    vocabulary: int = field(0, "tokens: number of ids; 0 takes the tokenizer's, or the largest id + 1", check=at_least(0))
+    vocabulary: int = field(
+        0,
+        "number of ids; 0 takes the tokenizer's or the largest id + 1; arrays: inputs are ids",
+        check=at_least(0),
+    )
     end: int = field(-1, "text: id put after each document; -1 puts none", check=at_least(-1))
 
     def fractions(self, test: float = 0.4, valid: float = 0.1) -> dict[str, float]:

@@ -29,7 +29,7 @@ _TOKENS = (*_CUT, "length", "vocabulary", "packing")
 _TEXT = (*_TOKENS, "tokenizer", "end")
 SOURCES: dict[str, Source] = {
     "digits": Source(digits.load, _CUT),
-    "arrays": Source(arrays.load, _CUT),
+    "arrays": Source(arrays.load, (*_CUT, "vocabulary")),
     "images": Source(images.load, (*_CUT, "size", "on_error", "column", "label")),
     "text": Source(text.load, _TEXT),
     "jsonl": Source(text.load_jsonl, (*_TEXT, "column")),

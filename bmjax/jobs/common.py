@@ -170,7 +170,7 @@ def train(
 
 def flops(bench: Bench, net: Net) -> int:
     """FLOPs of one example's forward pass."""
-    dtype = "int32" if bench.dataset.kind == "tokens" else "float32"
+    dtype = "int32" if bench.dataset.ids else "float32"
     return runs.forward_flops(net.model, trees.abstract(net.params), net.model_state, bench.dataset.shape, dtype)
 
 
@@ -234,12 +234,12 @@ def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any],
         about: for the manifest.
         model: its config, perhaps of other sizes, so that `load` can rebuild it.
     """
-    dataset, tokens = bench.dataset, bench.dataset.kind == "tokens"
+    dataset, ids = bench.dataset, bench.dataset.ids
     offset, scale = np.asarray(dataset.offset), np.asarray(dataset.scale)
     params, state = jax.device_get((net.params, net.model_state))
 
     def forward(params: Params, raw: jax.Array) -> jax.Array:
-        inputs = raw if tokens else (raw - offset) / scale
+        inputs = raw if ids else (raw - offset) / scale
         return net.model.apply(params, state, {"inputs": inputs})[0].logits
 
     metadata = {
@@ -247,7 +247,7 @@ def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any],
         "data_config": configs.to_dict(bench.data),
         "data_fingerprint": dataset.fingerprint,
         "architecture": architecture.record(model, net.model, params),
-        **({} if tokens else {"class_names": list(dataset.class_names)}),
+        **({} if dataset.kind == "tokens" else {"class_names": list(dataset.class_names)}),
         **about,
     }
     return deploy.export(
@@ -255,7 +255,7 @@ def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any],
         params,
         directory,
         input_shape=dataset.shape,
-        input_dtype="int32" if tokens else "float32",
+        input_dtype="int32" if ids else "float32",
         classes=dataset.classes,
         metadata=metadata,
         state=state,

@@ -137,7 +137,12 @@ def _program(
         raise ValueError(f"{folder} takes inputs {about['input']['shape']}, but {dataset.name} has {list(dataset.shape)}")
     call = deploy.load(folder)
     offset, scale = np.asarray(dataset.offset, np.float32), np.asarray(dataset.scale, np.float32)
-    raw = (lambda inputs: inputs) if dataset.kind == "tokens" else (lambda inputs: inputs * scale + offset)
+    if "segments" in split.extra:
+        raise ValueError(
+            f"{folder} takes one document a row, and {dataset.name} packs several; set --data.packing=concat, or evaluate the "
+            "workdir"
+        )
+    raw = (lambda inputs: inputs) if dataset.ids else (lambda inputs: inputs * scale + offset)
     batches = data.eval_batches(split, config.data.batch)
     return runs.score(dataset, split, batches, lambda batch: call(raw(batch["inputs"]))), None
 

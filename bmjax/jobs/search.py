@@ -81,7 +81,7 @@ def analyse(bench: Bench, big: Net) -> Analysis:
         ValueError: nothing can be removed exactly.
     """
     host, state = jax.device_get((big.params, big.model_state))
-    inputs = np.zeros((3, *bench.dataset.shape), np.float32)
+    inputs = np.zeros((3, *bench.dataset.shape), np.int32 if bench.dataset.ids else np.float32)
     traced = trace.groups(_logits(big.model), host, inputs, names=big.model.axes, state=state)
     found = [group for group in traced if group.name in big.model.axes]
     exact = tuple(group for group in found if not group.note)

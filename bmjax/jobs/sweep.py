@@ -65,7 +65,8 @@ def sweep(config: Config, base: Sequence[str], presets: pathlib.Path, default: s
     for point in tried:
         _check(base, point, presets, default)
     workdir = pathlib.Path(config.workdir or "runs/sweep").expanduser()
-    _claim(workdir, {"program": config.program, "base": list(base)})
+    code = getattr(settings, "code", {})  # an edited config file would make other runs of the same names
+    _claim(workdir, {"program": config.program, "base": list(base), "code": code})
     folders = {workdir / _folder(point, short): point for point in tried}
     rows = _run_all(config, base, folders)
     metric = config.metric or _main_metric(rows)

@@ -32,7 +32,7 @@ class Sparsity:
             raise ValueError(f"pruning begins at {self.begin} and ends at {self.end}; expected begin < end <= 1")
 
     def after(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
-        """The optimiser with pruning chained behind it (around it, for a criterion of one's own), for a run of `steps` updates."""
+        """The optimiser with pruning chained behind it (around it, for a criterion of one's own) in a run of `steps` updates."""
         if not self.sparsity:
             return tx
         begin, end = int(self.begin * steps), max(int(self.end * steps), 1)

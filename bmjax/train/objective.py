@@ -57,10 +57,9 @@ def counts_agree(problem: Problem, state: TrainState, frozen: Frozen, batch: Bat
     """
     if len(problem.terms) == 1:
         return True
-    memory = _memory(problem, state)
 
     def counts(state: TrainState, frozen: Frozen, batch: Batch) -> list[jax.Array]:
-        means = _evaluate_terms(problem, state.params, state, frozen, batch, memory).means
+        means = _evaluate_terms(problem, state.params, state, frozen, batch, _memory(problem, state)).means
         return [mean.count for mean in means.values()]
 
     agree = alike(counts, state, frozen, dict(batch))
@@ -74,10 +73,10 @@ def counts_agree(problem: Problem, state: TrainState, frozen: Frozen, batch: Bat
 
 def batch_keys(problem: Problem, state: TrainState, frozen: Frozen, batch: Batch) -> dict[str, set[str]]:
     """{term: the arrays of the batch that its value is computed from}, found by tracing."""
-    memory = _memory(problem, state)
 
     def totals(batch: Batch, state: TrainState, frozen: Frozen) -> list[jax.Array]:
-        return [mean.total for mean in _evaluate_terms(problem, state.params, state, frozen, batch, memory).means.values()]
+        aux = _evaluate_terms(problem, state.params, state, frozen, batch, _memory(problem, state))
+        return [mean.total for mean in aux.means.values()]
 
     found = read(totals, dict(batch), state, frozen)
     return {name: {key for key, used in keys.items() if used} for name, (keys, _, _) in zip(problem.terms, found)}
@@ -139,7 +138,13 @@ def _forward(
 
     seen = params["model"]
     for view in problem.views:
-        seen = view(seen, state.opt_state["model"], state.step)
+        shown = view(seen, state.opt_state["model"], state.step)
+        if difference := trees.first_difference(seen, shown):
+            called = getattr(view, "__name__", type(view).__name__)
+            raise ValueError(
+                f"the view {called} changes the parameters' shapes: {difference}; the forward pass needs them as they are"
+            )
+        seen = shown
     student, renewed = problem.model.apply(
         precision.narrow(seen, dtype),
         model_state,

@@ -50,7 +50,7 @@ class Optimizer:
     weight_decay: float = field(
         1e-4, f"decoupled decay of kernels ({', '.join(DECAYING)}); norms, biases and vectors are left out", check=at_least(0)
     )
-    no_decay: str = field("", "regex of parameters left out of decay; empty leaves out all that are no kernels")
+    no_decay: str = field("", "regex of more parameters to leave out of decay; all that are no kernels are left out anyway")
     momentum: float = field(0.9, f"momentum of {', '.join(WITH_MOMENTUM)}", check=within(0, 1, open_high=True))
     nesterov: bool = field(False, f"Nesterov's momentum for {', '.join(WITH_MOMENTUM)}")
     b1: float = field(0.9, "decay of the first moment (adam and its kin, lion)", check=within(0, 1, open_high=True))
@@ -153,7 +153,12 @@ class Optimizer:
         if not self.no_decay:
             return decayed(params)
         regex = _compiled(self.no_decay)
-        return trees.map_with_path(lambda path, _: not regex.search(path), params)
+        if not any(regex.search(path) for path in trees.paths(params)):
+            raise ValueError(
+                f"no_decay is {self.no_decay!r}, which is found in no parameter's path; correct it or leave it empty"
+            )
+        named = trees.map_with_path(lambda path, _: bool(regex.search(path)), params)
+        return jax.tree.map(lambda kernel, left_out: kernel and not left_out, decayed(params), named)
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
