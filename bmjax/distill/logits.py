@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from bmjax.types import Batch, LossTerm, Mean, Outputs
 
+_UNDERFLOW = -87.0  # exp of less is 0, or a number that float32 does not hold in full
+
 
 def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """KL(teacher || student) per item of the softmaxes at a temperature. No factor T^2.
@@ -24,9 +26,10 @@ def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperat
     """
     log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    p = jnp.exp(log_p)
-    # Both logs are replaced, not only their difference: -inf - -inf would leave a NaN in the gradient.
-    return jnp.sum(p * (jnp.where(p > 0, log_p, 0.0) - jnp.where(p > 0, log_q, 0.0)), axis=-1)
+    # Chosen by the logarithm: a choice by p > 0 makes the student's pass need the teacher's exponentials. Both logs are replaced,
+    # not only their difference: -inf - -inf would leave a NaN in the gradient.
+    possible = log_p > _UNDERFLOW
+    return jnp.sum(jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)), axis=-1)
 
 
 def kd(temperature: float = 4.0, t_squared: bool = True) -> LossTerm:
