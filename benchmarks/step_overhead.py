@@ -183,7 +183,7 @@ def networks(name: str):
         tokens = rng.integers(0, 256, (8, 129)).astype(np.int32)
         return model, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 128), np.float32)}
     if name == "resnet":
-        model, n, shape = ResNet(depth=8, width=8).build((16, 16, 3), 10), 64, (16, 16, 3)
+        model, n, shape = ResNet(depth=8, width=16).build((16, 16, 3), 10), 64, (16, 16, 3)
     else:
         model, n, shape = Transformer(layers=4, width=64, heads=4, neurons=256).build((8, 8, 1), 10), 32, (8, 8, 1)
     inputs, targets = rng.normal(size=(n, *shape)).astype(np.float32), rng.integers(0, 10, n).astype(np.int32)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from bmjax.config import field, within
 from bmjax.types import Batch, LossTerm, Mean, Outputs, Term
@@ -26,12 +27,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
         [...] float32.
     """
     logits = logits.astype(jnp.float32)
-    # By the normaliser, not by all log-probabilities: one pass less over [..., C], 5% of a small language model's step.
-    normaliser = jax.nn.logsumexp(logits, axis=-1)
-    nll = normaliser - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    # optax's, to the letter: with `[..., 0]` for its `take` XLA's CPU compiler fuses worse, 5% of a small language model's step.
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     if label_smoothing == 0:  # 0 times a class that is masked with -inf would be NaN
         return nll
-    return (1 - label_smoothing) * nll + label_smoothing * (normaliser - logits.mean(-1))
+    return (1 - label_smoothing) * nll + label_smoothing * (jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1))
 
 
 def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> LossTerm:

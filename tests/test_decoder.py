@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from formulas import check_outputs, check_slopes, close, cross_entropy, dense, per_layer, rotated, transformer, wide
 
 from bmjax import config, losses, parallel, shrink, trace, trees
 from bmjax.models import Decoder, LinenModel
 from bmjax.models import attention as attend
-from bmjax.models.block import REMAT, BlockSpec
+from bmjax.models.block import BlockSpec
 from bmjax.models.decoder import CausalLM
 from bmjax.train import Problem, init_state, make_step
 
@@ -37,80 +39,18 @@ def batch():
 
 @functools.cache
 def random_params(name):
-    """No zeros and no ones, so that every bias and scale counts."""
-    shapes, _ = jax.eval_shape(MODELS[name].init, jax.random.key(0), batch())
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def rmsnorm(x, p):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * p["scale"]
-
-
-def layernorm(x, p):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
-
-
-def project(x, p, formula):
-    return np.einsum(formula, x, p["kernel"]) + p.get("bias", 0.0)
-
-
-def rotated(x, positions, base):
-    """Pairs (i, i + d/2) as complex numbers, turned by position * base^(-2i/d)."""
-    half = x.shape[-1] // 2
-    angle = positions[..., None, None] * base ** (-2 * np.arange(half) / (2 * half))
-    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
-    return np.concatenate([z.real, z.imag], -1)
-
-
-def attention(x, p, made, positions, mask):
-    q, k, v = (project(x, p[name], "btd,dhk->bthk") for name in ("query", "key", "value"))
-    if made.qk_norm:
-        q, k = rmsnorm(q, p["query_norm"]), rmsnorm(k, p["key_norm"])
-    if made.positions == "rope":
-        q, k = rotated(q, positions, made.rope_base), rotated(k, positions, made.rope_base)
-    k, v = (np.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
-    scores = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(mask[:, None], scores, -np.inf)
-    scores = np.exp(scores - scores.max(-1, keepdims=True))
-    out = np.einsum("bhts,bshk->bthk", scores / scores.sum(-1, keepdims=True), v)
-    return project(out, p["out"], "bthk,hkd->btd")
-
-
-def mlp(x, p, made):
-    up = project(x, p["up"], "btd,dn->btn")
-    if made.mlp == "gelu":
-        hidden = gelu(up)
-    else:
-        gate = project(x, p["gate"], "btd,dn->btn")
-        hidden = {"swiglu": gate / (1 + np.exp(-gate)), "geglu": gelu(gate)}[made.mlp] * up
-    return project(hidden, p["down"], "btn,nd->btd")
+    return formulas.random_params(MODELS[name], batch())
 
 
 def forward(p, made, ids, positions, mask):
     """(logits, features) of a language model; mask is [B, T, T]."""
-    norm = {"rmsnorm": rmsnorm, "layernorm": layernorm}[made.norm]
     x = p["embed"]["embedding"][ids]
-    if made.positions == "learned":
+    base = made.rope_base if made.positions == "rope" else None
+    if base is None:
         x = x + p["position"][positions]
-    found = {"embed": x}
-    for i in range(made.layers):
-        layer = jax.tree.map(lambda stacked, i=i: stacked[i], p["layers"])
-        branch = attention(norm(x, layer["norm_attention"]), layer["attention"], made, positions, mask)
-        found[f"layers/{i}/attention"], x = branch, x + branch
-        branch = mlp(norm(x, layer["norm_mlp"]), layer, made)
-        found[f"layers/{i}/mlp"], x = branch, x + branch
-        found[f"layers/{i}"] = x
-    x = found["final"] = norm(x, p["final_norm"])
-    return (x @ p["embed"]["embedding"].T if made.tied else project(x, p["head"], "btd,dv->btv")), found
-
-
-def wide(name):
-    return jax.tree.map(lambda x: x.astype(np.float64), random_params(name))
+    end, found = transformer(p, x, made.norm, made.mlp, mask, positions, base)
+    logits = end @ p["embed"]["embedding"].T if made.tied else dense(end, p["head"])
+    return logits, {"embed": x, **found, "final": end}
 
 
 CAUSAL = np.tril(np.ones((T, T), bool))
@@ -119,11 +59,7 @@ CAUSAL = np.tril(np.ones((T, T), bool))
 @functools.cache
 def reference(name):
     places = np.broadcast_to(np.arange(T), (B, T))
-    return forward(wide(name), CONFIGS[name], tokens(), places, np.broadcast_to(CAUSAL, (B, T, T)))
-
-
-def close(found, want):
-    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    return forward(wide(random_params(name)), CONFIGS[name], tokens(), places, np.broadcast_to(CAUSAL, (B, T, T)))
 
 
 @functools.cache
@@ -135,19 +71,8 @@ def compiled(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", ["data=1", "data=8", "data=2,fsdp=2,tensor=2"])
 def test_forward_and_every_feature_on_every_mesh(name, spec):
-    model, (logits, features) = MODELS[name], reference(name)
-    assert set(model.features) == set(features)
-    mesh = parallel.make_mesh(spec, jax.devices()[:1] if spec == "data=1" else None)
-    params = jax.device_put(random_params(name), parallel.partition(random_params(name), model.rules, mesh))
-    run = jax.jit(lambda p, b: model.apply(p, {}, b, capture=model.features)[0])
-    found = jax.device_get(run(params, parallel.put_batch(batch(), mesh)))
-    close(found.logits, logits)
-    assert set(found.features) == set(features)
-    for feature in features:
-        close(found.features[feature], features[feature])
-    hidden, kernel, bias = found.head
-    assert (bias is None) == (name != "gpt2")
-    close(hidden @ kernel + (0 if bias is None else bias), logits)
+    found = check_outputs(MODELS[name], random_params(name), batch(), spec, reference(name))
+    assert (found.head[2] is None) == (name != "gpt2")
 
 
 def test_the_rules_split_every_kernel_and_the_table():
@@ -175,7 +100,7 @@ def test_a_packed_step_is_the_same_on_every_mesh():
     params, loss = step_once("data=1", data)
     mask = CAUSAL & (segments[:, :, None] == segments[:, None, :])
     places = np.stack([[i - list(row).index(row[i]) for i in range(T)] for row in segments])
-    logits, _ = forward(wide("llama"), LLAMA, tokens(), places, mask)
+    logits, _ = forward(wide(random_params("llama")), LLAMA, tokens(), places, mask)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     hit = np.take_along_axis(log_p, data["targets"][..., None], -1)[..., 0]
     np.testing.assert_allclose(loss, -(weights * hit).sum() / weights.sum(), rtol=1e-5)
@@ -247,29 +172,14 @@ def test_compute_follows_the_parameters_and_statistics_stay_float32():
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_against_finite_differences(name):
     """Along a random direction in each parameter: the slope of the NumPy model's loss."""
-    params, made, targets = wide(name), CONFIGS[name], np.roll(tokens(), -1, 1)[..., None]
+    params, made, targets = wide(random_params(name)), CONFIGS[name], np.roll(tokens(), -1, 1)
     places, mask = np.broadcast_to(np.arange(T), (B, T)), np.broadcast_to(CAUSAL, (B, T, T))
-
-    def value(p):
-        logits, _ = forward(p, made, tokens(), places, mask)
-        return np.mean(np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, targets, -1)[..., 0])
-
-    def loss(p):
-        logits = MODELS[name].apply(p, {}, {"inputs": tokens()})[0].logits
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1))
-
+    value = lambda p: cross_entropy(forward(p, made, tokens(), places, mask)[0], targets)
+    logits = lambda p: MODELS[name].apply(p, {}, {"inputs": tokens()})[0].logits
+    loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p), targets).mean()
     with jax.enable_x64(True):  # but for the softmax of attention and the angles, which are float32 whatever they are given
-        slopes = trees.paths(jax.device_get(jax.jit(jax.grad(loss))(params)))
-    rng, step = np.random.default_rng(2), 1e-4
-    for path, leaf in trees.paths(params).items():
-        direction = rng.normal(size=leaf.shape)
-        near, far = (
-            value(trees.replace(params, {path: leaf + h * direction}))
-            - value(trees.replace(params, {path: leaf - h * direction}))
-            for h in (step, 2 * step)
-        )
-        slope = np.sum(slopes[path] * direction)
-        np.testing.assert_allclose((8 * near - far) / (12 * step), slope, rtol=1e-5, atol=1e-6, err_msg=path)
+        slopes = jax.device_get(jax.jit(jax.grad(loss))(params))
+    check_slopes(value, slopes, params, step=1e-4, rtol=1e-5, atol=1e-6)
 
 
 COUNTS = {
@@ -289,11 +199,6 @@ def test_parameters_and_flops_have_their_closed_form(name):
     assert trees.size(random_params(name)) == COUNTS[name]
     run = lambda p, x: MODELS[name].apply(p, {}, {"inputs": x})[0].logits
     assert trace.flops(run, random_params(name), jax.ShapeDtypeStruct((B, T), jnp.int32)) == 2 * B * PRODUCTS[name]
-
-
-def per_layer(layers, size, kept, seed):
-    order = np.random.default_rng(seed).permuted(np.tile(np.arange(size), (layers, 1)), axis=1)
-    return order < kept
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -341,26 +246,6 @@ def wetter(name, dropout):
     return LinenModel(module.clone(block=dataclasses.replace(module.block, dropout=dropout)))
 
 
-@pytest.mark.parametrize("policy", REMAT)
-def test_recomputing_changes_no_gradient_and_dropout_only_what_it_computes(policy):
-    wet = wetter("llama", 0.3)
-    params = random_params("llama")
-
-    def loss(model):
-        def run(p):
-            logits = model.apply(p, {}, batch(), train=True, rngs={"dropout": jax.random.key(3)})[0].logits
-            return jnp.mean(jnp.square(logits))
-
-        return jax.grad(run)
-
-    again = LinenModel(wet.module.clone(remat=policy))
-    text = str(jax.make_jaxpr(loss(again))(params))
-    assert "checkpoint" in text or "remat" in text
-    jax.tree.map(close, jax.device_get(jax.jit(loss(again))(params)), jax.device_get(jax.jit(loss(wet))(params)))
-    plain, more = (trace.flops(loss(model), params) for model in (wet, again))
-    assert more == plain if policy == "dots" else more > plain
-
-
 def test_dropout_follows_the_example_and_not_its_place():
     model = wetter("gpt2", 0.5)
     run = jax.jit(lambda b: model.apply(random_params("gpt2"), {}, b, train=True, rngs={"dropout": jax.random.key(0)})[0].logits)
@@ -368,6 +253,11 @@ def test_dropout_follows_the_example_and_not_its_place():
     here, there = run(batch()), run({key: value[order] for key, value in batch().items()})
     close(there, np.asarray(here)[order])
     assert np.abs(np.asarray(here) - reference("gpt2")[0]).max() > 1e-2
+
+
+def too_long():
+    """Packed: the positions follow from the segments, and no take may fall outside the table."""
+    return {"inputs": np.zeros((2, T + 1), np.int32), "segments": np.ones((2, T + 1), np.int32)}
 
 
 def apply_cudnn():
@@ -390,6 +280,14 @@ def apply_cudnn():
         (
             lambda: MODELS["gpt2"].apply(random_params("gpt2"), {}, {"inputs": np.zeros((2, T + 1), np.int32)}),
             f"{T + 1} tokens are longer than the {T} learned positions",
+        ),
+        (
+            lambda: MODELS["gpt2"].apply(random_params("gpt2"), {}, too_long()),
+            f"{T + 1} tokens are longer than the {T} learned positions",
+        ),
+        (
+            lambda: MODELS["llama"].apply(random_params("llama"), {}, {"inputs": np.zeros((2, T, 1), np.int32)}),
+            r"needs sequences \[T\] of ints; the data has \[6, 1\]",
         ),
         (apply_cudnn, "'cudnn', which needs an NVIDIA GPU; this is a cpu: set attention to 'xla'"),
     ],

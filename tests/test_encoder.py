@@ -2,14 +2,17 @@
 
 import functools
 
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
-from test_decoder import attention, close, layernorm, mlp, per_layer, project, rmsnorm
+from formulas import check_outputs, check_slopes, close, cross_entropy, dense, layernorm, per_layer, transformer, wide
 
-from bmjax import config, parallel, shrink, trace, trees
-from bmjax.models import Encoder
+from bmjax import config, data, shrink, trace, trees
+from bmjax.jobs import architecture
+from bmjax.models import Decoder, Encoder
 from bmjax.models.block import BlockSpec
 from bmjax.models.encoder import TextClassifier
 
@@ -35,42 +38,25 @@ def batch():
 
 @functools.cache
 def random_params(name):
-    shapes, _ = jax.eval_shape(MODELS[name].init, jax.random.key(0), batch())
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-
-
-class Formula:
-    """What the decoder's NumPy attention asks of a config."""
-
-    def __init__(self, made):
-        self.qk_norm, self.positions, self.mlp = made.qk_norm, "learned", made.mlp
+    return formulas.random_params(MODELS[name], batch())
 
 
 def forward(p, made, ids, real):
     """(logits, features); `real` is [B, T]."""
-    norm = {"rmsnorm": rmsnorm, "layernorm": layernorm}[made.norm]
-    x = p["embed"]["embedding"][ids] + p["position"][: ids.shape[1]]
-    found = {"embed": x}
+    embed = p["embed"]["embedding"][ids] + p["position"][: ids.shape[1]]
     mask = np.broadcast_to(real[:, None, :], (*real.shape, real.shape[1]))
-    for i in range(made.layers):
-        layer = jax.tree.map(lambda stacked, i=i: stacked[i], p["layers"])
-        branch = attention(norm(x, layer["norm_attention"]), layer["attention"], Formula(made), None, mask)
-        found[f"layers/{i}/attention"], x = branch, x + branch
-        branch = mlp(norm(x, layer["norm_mlp"]), layer, Formula(made))
-        found[f"layers/{i}/mlp"], x = branch, x + branch
-        found[f"layers/{i}"] = x
-    x = norm(x, p["final_norm"])
+    x, found = transformer(p, embed, made.norm, made.mlp, mask)
     x = x[:, 0] if made.pool == "first" else (x * real[..., None]).sum(1) / real.sum(1, keepdims=True)
-    found["final"] = x
-    return project(x, p["head"], "bd,dc->bc"), found
+    return dense(x, p["head"]), {"embed": embed, **found, "final": x}
+
+
+def real(name):
+    return np.ones((B, T), bool) if CONFIGS[name].pad is None else tokens() != PAD
 
 
 @functools.cache
 def reference(name):
-    params = jax.tree.map(lambda x: x.astype(np.float64), random_params(name))
-    real = np.ones((B, T), bool) if CONFIGS[name].pad is None else tokens() != PAD
-    return forward(params, CONFIGS[name], tokens(), real)
+    return forward(wide(random_params(name)), CONFIGS[name], tokens(), real(name))
 
 
 @functools.cache
@@ -82,17 +68,19 @@ def compiled(name):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", ["data=1", "data=8", "data=2,fsdp=2,tensor=2"])
 def test_forward_and_every_feature_on_every_mesh(name, spec):
-    model, (logits, features) = MODELS[name], reference(name)
-    assert set(model.features) == set(features)
-    mesh = parallel.make_mesh(spec, jax.devices()[:1] if spec == "data=1" else None)
-    params = jax.device_put(random_params(name), parallel.partition(random_params(name), model.rules, mesh))
-    run = jax.jit(lambda p, b: model.apply(p, {}, b, capture=model.features)[0])
-    found = jax.device_get(run(params, parallel.put_batch(batch(), mesh)))
-    close(found.logits, logits)
-    for feature in features:
-        close(found.features[feature], features[feature])
-    hidden, kernel, bias = found.head
-    close(hidden @ kernel + bias, logits)
+    check_outputs(MODELS[name], random_params(name), batch(), spec, reference(name))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_against_finite_differences(name):
+    """Along a random direction in each parameter: the slope of the NumPy model's loss."""
+    params, targets = wide(random_params(name)), np.arange(B) % C
+    value = lambda p: cross_entropy(forward(p, CONFIGS[name], tokens(), real(name))[0], targets)
+    logits = lambda p: MODELS[name].apply(p, {}, {"inputs": tokens()})[0].logits
+    loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p), targets).mean()
+    with jax.enable_x64(True):  # but for the softmax of attention, which is float32 whatever it is given
+        slopes = jax.device_get(jax.jit(jax.grad(loss))(params))
+    check_slopes(value, slopes, params, step=1e-4, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_by_id_weights_or_segments_is_the_shorter_row():
@@ -110,10 +98,10 @@ def test_attention_goes_both_ways_but_not_between_segments():
     segments = np.repeat([[1, 1, 1, 2, 2, 0]], B, axis=0).astype(np.int32)
     places = np.repeat([[0, 1, 2, 0, 1, 0]], B, axis=0).astype(np.int32)
     found = compiled("bert")(random_params("bert"), {"inputs": tokens(), "segments": segments, "positions": places})
-    params = jax.tree.map(lambda x: x.astype(np.float64), random_params("bert"))
+    params = wide(random_params("bert"))
     alone = lambda part: forward(params, BERT, tokens()[:, part], np.ones((B, part.stop - part.start), bool))[1]["layers/1"]
     x = layernorm(np.concatenate([alone(slice(0, 3)), alone(slice(3, 5))], 1), params["final_norm"]).mean(1)
-    close(found, project(x, params["head"], "bd,dc->bc"))
+    close(found, dense(x, params["head"]))
     changed = tokens().copy()
     changed[:, 5] = (changed[:, 5] + 1) % V
     inputs = {"inputs": changed, "segments": segments, "positions": places}
@@ -187,11 +175,54 @@ def test_masked_model_equals_the_resized_model(name):
             lambda: MODELS["gated"].apply(random_params("gated"), {}, {"inputs": np.zeros((2, T + 1), np.int32)}),
             f"{T + 1} tokens are longer than the {T} learned positions",
         ),
+        (
+            lambda: jax.eval_shape(compiled("gated"), random_params("gated"), {"inputs": np.zeros((2, T + 1), np.int32)}),
+            f"{T + 1} tokens are longer than the {T} learned positions",
+        ),
+        (
+            lambda: MODELS["bert"].init(jax.random.key(0), {"inputs": np.zeros((2, T + 3), np.int32)}),
+            f"{T + 3} tokens are longer than the {T + 2} learned positions",
+        ),
+        (
+            lambda: MODELS["bert"].apply(random_params("bert"), {}, {"inputs": np.zeros((2, T), np.float32)}),
+            "needs sequences .* of ints; the inputs are float32",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def dataset(name, inputs, **more):
+    rows = {"train": np.arange(20), "valid": np.arange(20, 25), "test": np.arange(25, 30)}
+    return data.build(name, inputs, np.arange(30) % C, rows, class_names=["a", "b", "c", "d"], **more)
+
+
+def texts(length=T, ids=V):
+    """A dataset of token ids with a class each, the largest id in it."""
+    inputs = np.arange(30 * length).reshape(30, length) % ids
+    return dataset("made", inputs.astype(np.int32), vocabulary=ids)
+
+
+def rebuilt(made, dataset):
+    """As an evaluation and a pretrained teacher do it."""
+    return architecture.rebuild({"model": config.to_dict(made)}, dataset)
+
+
+@pytest.mark.parametrize("entry", [architecture.build, rebuilt])
+def test_the_datas_vocabulary_and_length_are_compared_with_the_models(entry, monkeypatch):
+    assert entry(Encoder(vocabulary=V), texts()).vocabulary == V
+    assert entry(Encoder(vocabulary=V + 1), texts()).vocabulary == V + 1
+    monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
+    with pytest.raises(ValueError, match=f"a vocabulary of {V - 1} ids and made one of {V}; give .* at least as many"):
+        entry(Encoder(vocabulary=V - 1), texts())
+    with pytest.raises(ValueError, match=r"a vocabulary of 4 ids and made one of 11; .* or take a model for these data"):
+        entry(Decoder(), texts())  # a language model's vocabulary is its number of classes
+    with pytest.raises(ValueError, match="9 tokens are longer than the 8 learned positions"):
+        entry(Encoder(vocabulary=V, length=8), texts(9))
+    with pytest.raises(ValueError, match="the model takes token ids and the inputs of real are none"):
+        entry(Encoder(), dataset("real", np.random.default_rng(0).normal(size=(30, T))))
 
 
 def test_configs_build_what_they_say():

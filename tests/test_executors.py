@@ -9,16 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from vit_pair import STUDENT, TEACHER, B, frozen, make_batch
 
 from bmjax import distill, losses, parallel
 from bmjax.models.linen import LinenModel
-from bmjax.models.vit import ViT
 from bmjax.parallel import collectives
 from bmjax.train import Problem, abstract_state, init_state, make_step
 from bmjax.types import Mean, Outputs, Term
 
-STUDENT = LinenModel(ViT(patch=2, layers=2, width=8, heads=2, head_dim=4, neurons=16, classes=4))
-TEACHER = LinenModel(ViT(patch=2, layers=3, width=16, heads=2, head_dim=8, neurons=16, classes=4))
 ONE = ("data=1", "partitioned")
 PLACES = [
     ("data=8", "replicated"),
@@ -28,24 +26,6 @@ PLACES = [
     ("data=4,fsdp=2", "hybrid"),
     ("data=2,fsdp=2,tensor=2", "hybrid"),
 ]
-B = 16
-
-
-def make_batch():
-    rng = np.random.default_rng(0)
-    weights = np.where(np.arange(B) < 5, 0.0, rng.uniform(0.1, 1.0, B))  # whole shards of padding
-    return {
-        "inputs": rng.normal(size=(B, 4, 4, 1)).astype(np.float32),
-        "targets": rng.integers(0, 4, B).astype(np.int32),
-        "weights": weights.astype(np.float32),
-        "id": np.arange(B, dtype=np.int32),
-    }
-
-
-@functools.cache
-def frozen():
-    params, model_state = jax.jit(TEACHER.init)(jax.random.key(7), make_batch())
-    return {"params": params, "model_state": model_state}
 
 
 def queue(length):

@@ -29,6 +29,9 @@ class Scalar:
         self.events.append(("fetch", self.name))
         return np.asarray(self.value, np.float32)
 
+    def __float__(self):
+        return float(self.__array__())
+
     def is_ready(self):
         return self.ready
 

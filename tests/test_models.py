@@ -2,10 +2,13 @@
 
 import functools
 
+import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from formulas import check_outputs, check_slopes, close, cross_entropy, dense, layernorm, layers_of, mlp, transformer, wide
 
 from bmjax import config, parallel, trace, trees
 from bmjax.models import LinenModel, Plain, Residual, Transformer
@@ -33,26 +36,7 @@ def batch():
 
 @functools.cache
 def random_params(name):
-    """No zeros and no ones, so that every bias and scale counts."""
-    shapes, _ = jax.eval_shape(MODELS[name].init, jax.random.key(0), batch())
-    rng = np.random.default_rng(1)
-    return jax.tree.map(lambda x: (0.5 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-
-
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
-
-
-def norm(x, p):
-    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * p["scale"] + p["bias"]
-
-
-def dense(x, p):
-    return x @ p["kernel"] + p["bias"]
-
-
-def layer_of(p, i):
-    return jax.tree.map(lambda stacked: stacked[i], p["layers"])
+    return formulas.random_params(MODELS[name], batch())
 
 
 def plain(p, x):
@@ -62,67 +46,36 @@ def plain(p, x):
     return dense(x, p["head"]), found
 
 
-def mlp_branch(x, p, norm_name):
-    return dense(gelu(dense(norm(x, p[norm_name]), p["up"])), p["down"])
-
-
 def residual(p, x):
     x = dense(x.reshape(B, -1), p["embed"])
     found = {"embed": x}
-    for i in range(3):
-        branch = found[f"layers/{i}/mlp"] = mlp_branch(x, layer_of(p, i), "norm")
+    for i, layer in enumerate(layers_of(p)):
+        branch = found[f"layers/{i}/mlp"] = mlp(layernorm(x, layer["norm"]), layer, "gelu")
         x = found[f"layers/{i}"] = x + branch
-    x = found["final"] = norm(x, p["final_norm"])
+    x = found["final"] = layernorm(x, p["final_norm"])
     return dense(x, p["head"]), found
-
-
-def attend(x, p):
-    q, k, v = (np.einsum("btd,dhk->bthk", x, p[n]["kernel"]) + p[n]["bias"] for n in ("query", "key", "value"))
-    scores = np.exp(np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1]))
-    out = np.einsum("bhts,bshk->bthk", scores / scores.sum(-1, keepdims=True), v)
-    return np.einsum("bthk,hkd->btd", out, p["out"]["kernel"]) + p["out"]["bias"]
 
 
 def vit(p, x):
     tiles = [x[:, i : i + 2, j : j + 2].reshape(B, 1, -1) for i in (0, 2) for j in (0, 2)]
-    x = dense(np.concatenate(tiles, 1), p["embed"]) + p["position"]
-    found = {"embed": x}
-    for i in range(3):
-        layer = layer_of(p, i)
-        branch = found[f"layers/{i}/attention"] = attend(norm(x, layer["norm_attention"]), layer["attention"])
-        x = x + branch
-        branch = found[f"layers/{i}/mlp"] = mlp_branch(x, layer, "norm_mlp")
-        x = found[f"layers/{i}"] = x + branch
-    x = found["final"] = norm(x, p["final_norm"]).mean(1)
-    return dense(x, p["head"]), found
+    embed = dense(np.concatenate(tiles, 1), p["embed"]) + p["position"]
+    x, found = transformer(p, embed, "layernorm", "gelu", np.ones((B, 4, 4), bool))
+    return dense(x.mean(1), p["head"]), {"embed": embed, **found, "final": x.mean(1)}
+
+
+FORWARD = {"plain": plain, "residual": residual, "vit": vit}
 
 
 @functools.cache
 def reference(name):
     """(logits, features) in float64."""
-    wide = jax.tree.map(lambda x: x.astype(np.float64), random_params(name))
-    return {"plain": plain, "residual": residual, "vit": vit}[name](wide, inputs().astype(np.float64))
-
-
-def close(found, want):
-    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+    return FORWARD[name](wide(random_params(name)), inputs().astype(np.float64))
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("spec", MESHES)
 def test_forward_and_every_feature_on_every_mesh(name, spec):
-    model, (logits, features) = MODELS[name], reference(name)
-    assert set(model.features) == set(features)
-    mesh = parallel.make_mesh(spec, jax.devices()[:1] if spec == "data=1" else None)
-    params = jax.device_put(random_params(name), parallel.partition(random_params(name), model.rules, mesh))
-    forward = jax.jit(lambda p, b: model.apply(p, {}, b, capture=model.features)[0])
-    found = jax.device_get(forward(params, parallel.put_batch(batch(), mesh)))
-    close(found.logits, logits)
-    assert set(found.features) == set(features)
-    for feature in features:
-        close(found.features[feature], features[feature])
-    hidden, kernel, bias = found.head
-    close(hidden @ kernel + bias, logits)
+    check_outputs(MODELS[name], random_params(name), batch(), spec, reference(name))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -147,29 +100,14 @@ def test_only_what_is_asked_for_is_captured(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_against_finite_differences(name):
-    """Along a random direction in each parameter: the slope of the loss in float64."""
-    model = MODELS[name]
-    with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), random_params(name))
-        x, targets = jnp.asarray(inputs(), jnp.float64), jnp.arange(B) % 4
-
-        def loss(p):
-            logits = model.apply(p, {}, {"inputs": x})[0].logits
-            return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1))
-
-        value, slopes = jax.jit(loss), trees.paths(jax.jit(jax.grad(loss))(params))
-        rng = np.random.default_rng(2)
-        # Attention takes its softmax in float32 whatever it is given, so steps must stay large there.
-        step, tolerance = (3e-3, 5e-6) if name == "vit" else (1e-4, 1e-9)
-        for path, leaf in trees.paths(params).items():
-            direction = rng.normal(size=leaf.shape)
-            near, far = (
-                float(value(trees.replace(params, {path: leaf + h * direction})))
-                - float(value(trees.replace(params, {path: leaf - h * direction})))
-                for h in (step, 2 * step)
-            )
-            slope = float(jnp.sum(slopes[path] * direction))
-            np.testing.assert_allclose((8 * near - far) / (12 * step), slope, rtol=1e-6, atol=tolerance, err_msg=path)
+    """Along a random direction in each parameter: the slope of the NumPy model's loss."""
+    params, x, targets = wide(random_params(name)), inputs().astype(np.float64), np.arange(B) % 4
+    value = lambda p: cross_entropy(FORWARD[name](p, x)[0], targets)
+    logits = lambda p: MODELS[name].apply(p, {}, {"inputs": x})[0].logits
+    loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p), targets).mean()
+    with jax.enable_x64(True):  # but for the softmax of attention, which is float32 whatever it is given
+        slopes = jax.device_get(jax.jit(jax.grad(loss))(params))
+    check_slopes(value, slopes, params, step=1e-4, rtol=1e-5, atol=1e-6 if name == "vit" else 1e-9)
 
 
 D, W, N, C, L, T, HK = 48, 8, 12, 4, 3, 4, 12

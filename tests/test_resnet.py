@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from formulas import check_slopes, close, random_like, wide
 
 from bmjax import config, losses, parallel, trace, trees
 from bmjax.data import Dataset, Split
@@ -24,7 +25,6 @@ GROUPED = (Stage(2, 1, 2, 3), Stage(3, 2, 0, 0))
 MODELS = {
     "batch": LinenModel(ResNetModule(STAGES, CLASSES)),
     "identity": LinenModel(ResNetModule(STAGES, CLASSES, project=False)),
-    "remat": LinenModel(ResNetModule(STAGES, CLASSES, remat=True)),
     "group": LinenModel(ResNetModule(GROUPED, CLASSES, group=2)),
 }
 MESHES = ["data=1", "data=8", "data=4,fsdp=2"]
@@ -49,12 +49,7 @@ def variables(name):
     """Random (params, model_state): no zeros and no ones; variances are positive."""
     shapes, state = jax.eval_shape(MODELS[name].init, jax.random.key(0), batch())
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: (0.4 * rng.normal(size=x.shape)).astype(np.float32), shapes)
-    return params, jax.tree.map(lambda x: rng.uniform(0.3, 1.5, x.shape).astype(np.float32), state)
-
-
-def wide(tree):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    return random_like(shapes, 0.4), jax.tree.map(lambda x: rng.uniform(0.3, 1.5, x.shape).astype(np.float32), state)
 
 
 def convolve(x, kernel, stride):
@@ -121,10 +116,6 @@ def reference(name, train, params=None):
     run = Reference(MODELS[name].module, params or wide(own), wide(state), batch()["weights"], train)
     logits, features = run(batch()["inputs"].astype(np.float64))
     return logits, features, run.new_state
-
-
-def close(found, want, rtol=1e-5):
-    np.testing.assert_allclose(found, want, rtol=rtol, atol=rtol * max(np.abs(want).max(), 1e-3))
 
 
 def mesh_of(spec):
@@ -206,24 +197,8 @@ def test_gradients_against_finite_differences(name):
         return (weights * nll).sum() / weights.sum()
 
     slopes = jax.jit(jax.grad(lambda p: loss(model.apply(p, state, batch(), train=True)[0].logits, jnp)))(params)
-    rng, big, value = np.random.default_rng(2), wide(params), lambda p: loss(reference(name, True, p)[0], np)
-    for path, leaf in trees.paths(big).items():
-        direction = rng.normal(size=leaf.shape)
-        up, down = (value(trees.replace(big, {path: leaf + h * direction})) for h in (1e-6, -1e-6))
-        slope = np.sum(np.asarray(trees.paths(slopes)[path], np.float64) * direction)
-        np.testing.assert_allclose(slope, (up - down) / 2e-6, rtol=2e-4, atol=2e-6, err_msg=path)
-
-
-def test_remat_computes_blocks_again_and_changes_no_gradient():
-    def slopes(name):
-        loss = lambda p: jnp.sum(jnp.sin(MODELS[name].apply(p, variables("batch")[1], batch(), train=True)[0].logits))
-        return jax.make_jaxpr(jax.grad(loss))(variables("batch")[0]), jax.jit(jax.grad(loss))(variables("batch")[0])
-
-    (plain, expected), (again, found) = slopes("batch"), slopes("remat")
-    assert (str(plain).count("remat"), str(again).count("remat") > 0) == (0, True)
-    expected, found = trees.paths(expected), trees.paths(found)
-    for path in expected:
-        close(found[path], expected[path])
+    value = lambda p: loss(reference(name, True, p)[0], np)
+    check_slopes(value, slopes, wide(params), step=1e-6, rtol=2e-4, atol=2e-6)
 
 
 def test_statistics_are_weighted_float32_and_the_output_has_the_parameters_dtype():
@@ -359,8 +334,8 @@ def test_bad_input_is_one_clear_line(make, words):
 def test_configs_build_what_they_say():
     whole = ResNet().build((32, 32, 3), 10).module
     assert whole == ResNetModule((Stage(16, 16, 2, 16), Stage(32, 32, 2, 32), Stage(64, 64, 2, 64)), 10)
-    small = ResNet(depth=8, width=8, norm="group", group=2, shortcut="identity", remat=True).build(SHAPE, 5).module
-    assert small == ResNetModule((Stage(4, 4, 0, 4), Stage(8, 8, 0, 8), Stage(16, 16, 0, 16)), 5, 2, False, True)
+    small = ResNet(depth=8, width=8, norm="group", group=2, shortcut="identity", remat="dots").build(SHAPE, 5).module
+    assert small == ResNetModule((Stage(4, 4, 0, 4), Stage(8, 8, 0, 8), Stage(16, 16, 0, 16)), 5, 2, False, "dots")
 
 
 def test_a_run_can_start_from_given_statistics():

@@ -1,43 +1,21 @@
 """The step gives the same numbers on every mesh, and those of a loss written by hand over the whole batch."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec
+from vit_pair import STUDENT, TEACHER, frozen, make_batch
 
 from bmjax import distill, losses, parallel
 from bmjax.models.linen import LinenModel
-from bmjax.models.vit import ViT
 from bmjax.parallel import collectives
 from bmjax.train import Problem, init_state, make_step
 from bmjax.types import Mean, Outputs, Term
 
-STUDENT = LinenModel(ViT(patch=2, layers=2, width=8, heads=2, head_dim=4, neurons=16, classes=4))
-TEACHER = LinenModel(ViT(patch=2, layers=3, width=16, heads=2, head_dim=8, neurons=16, classes=4))
 CLASS_WEIGHTS = (1.0, 2.0, 0.5, 1.5)
 MESHES = ["data=8", "data=4,fsdp=2", "data=2,fsdp=2,tensor=2", "fsdp=8"]
-B = 16
-
-
-def make_batch():
-    rng = np.random.default_rng(0)
-    weights = np.where(np.arange(B) < 5, 0.0, rng.uniform(0.1, 1.0, B))  # whole shards of padding
-    return {
-        "inputs": rng.normal(size=(B, 4, 4, 1)).astype(np.float32),
-        "targets": rng.integers(0, 4, B).astype(np.int32),
-        "weights": weights.astype(np.float32),
-        "id": np.arange(B, dtype=np.int32),
-    }
-
-
-@functools.cache
-def frozen():
-    params, model_state = jax.jit(TEACHER.init)(jax.random.key(7), make_batch())
-    return {"params": params, "model_state": model_state}
 
 
 def five_classes():

@@ -26,10 +26,8 @@ def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperat
     """
     log_q = jax.nn.log_softmax(student_logits.astype(jnp.float32) / temperature)
     log_p = jax.nn.log_softmax(teacher_logits.astype(jnp.float32) / temperature)
-    # Chosen by the logarithm: a choice by p > 0 makes the student's pass need the teacher's exponentials. Both logs are replaced,
-    # not only their difference: -inf - -inf would leave a NaN in the gradient.
-    possible = log_p > _UNDERFLOW
-    return jnp.sum(jnp.exp(log_p) * (jnp.where(possible, log_p, 0.0) - jnp.where(possible, log_q, 0.0)), axis=-1)
+    # Chosen by the logarithm: a choice by p > 0 makes the student's pass need the teacher's exponentials.
+    return jnp.sum(jnp.exp(log_p) * jnp.where(log_p > _UNDERFLOW, log_p - log_q, 0.0), axis=-1)
 
 
 def kd(temperature: float = 4.0, t_squared: bool = True) -> LossTerm:

@@ -35,7 +35,8 @@ def build(model: Any, dataset: Dataset) -> Any:
         dataset: what it is for.
 
     Raises:
-        ValueError: `model` is neither, or makes something that has no `init` and `apply`; further as its `build`.
+        ValueError: `model` is neither, or makes something that has no `init` and `apply`; the data has more token ids than the
+            network; further as its `build`.
     """
     make = getattr(model, "build", model)
     if not callable(make):
@@ -45,7 +46,19 @@ def build(model: Any, dataset: Dataset) -> Any:
         raise ValueError(
             f"the model is made as {type(found).__name__}; expected a Model with init and apply (bmjax.models.adapters)"
         )
+    _check_vocabulary(getattr(found, "vocabulary", 0), dataset)
     return found
+
+
+def _check_vocabulary(there: int, dataset: Dataset) -> None:
+    """Raises ValueError if the network's table has no row for some of the data's ids, or the inputs are no ids."""
+    if there and not dataset.vocabulary:
+        raise ValueError(f"the model takes token ids and the inputs of {dataset.name} are none; take another model or other data")
+    if there and there < dataset.vocabulary:
+        raise ValueError(
+            f"the model has a vocabulary of {there} ids and {dataset.name} one of {dataset.vocabulary}; give the model's config "
+            "at least as many, or take a model for these data"
+        )
 
 
 def check_logits(model: Model, shapes: tuple[Params, Params], batch: Batch, classes: int) -> None:
@@ -73,16 +86,16 @@ def record(model: Any, net: Model, params: Params) -> dict[str, Any]:
     return {"model": configs.to_dict(model), "sizes": sizes}
 
 
-def rebuild(recorded: Mapping[str, Any], shape: tuple[int, ...], classes: int) -> Any:
-    """The network of a `record`, for inputs of `shape` and so many classes.
+def rebuild(recorded: Mapping[str, Any], dataset: Dataset) -> Any:
+    """The network of a `record`, for a dataset.
 
     Raises:
-        ValueError: the record is of a config that is none of ours, or of another version's.
+        ValueError: the record is of a config that is none of ours, or of another version's; as `build`.
     """
     plain = recorded.get("model")
     if not isinstance(plain, Mapping) or plain.get("class") not in kinds():
         raise ValueError("it does not say what the model is (a function, or a config class that is not of bmjax.models)")
-    net = configs.from_dict(plain, kinds()).build(shape, classes)
+    net = build(configs.from_dict(plain, kinds()), dataset)
     sizes = recorded.get("sizes")
     return net.resize(sizes) if sizes else net
 

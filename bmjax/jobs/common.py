@@ -210,7 +210,7 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
         )
     if model is None:
         try:
-            model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset.shape, classes)
+            model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset)
         except ValueError as error:
             raise ValueError(f"the network of {directory} cannot be built: {error}; give its config as the model") from None
     params, state = deploy.load_params(directory), deploy.load_state(directory)

@@ -159,7 +159,7 @@ def _checkpoint(
     params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})
     plain = (about.get("teacher") or {}).get("model") if name == "teacher" else about.get("model")
     try:
-        built = architecture.rebuild({"model": plain}, dataset.shape, dataset.classes)
+        built = architecture.rebuild({"model": plain}, dataset)
     except ValueError as error:
         raise ValueError(f"the network of {folder} cannot be built: {error}; evaluate its export instead") from None
     model = architecture.with_sizes_of(built, params)

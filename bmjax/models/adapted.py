@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax import trees
+from bmjax.models.checks import check_capture, check_sizes
 from bmjax.parallel import collectives
 from bmjax.types import Batch, Model, Outputs, Params
 
@@ -84,9 +85,8 @@ class Adapted:
             ValueError: logits or features that are not [B, ...], an unknown feature, no key or no ids where the model draws
                 random numbers, or a state that is made of one device's rows.
         """
-        for name in capture if self.features else ():
-            if name not in self.features:
-                raise ValueError(f"there is no feature {name!r}; there are {', '.join(self.features)}")
+        if self.features:
+            check_capture(capture, self.features)
         inputs = jnp.asarray(batch["inputs"])
         asked = Pass(train, _key(rngs) if train and self.random else None, tuple(capture))
         if asked.key is None:
@@ -108,11 +108,7 @@ class Adapted:
                 "this model cannot be built in other sizes: give the adapter resize=, or take adapters.replay, the traced "
                 "program at the sizes that are left"
             )
-        for name, size in sizes.items():
-            if name not in self.axes:
-                raise ValueError(f"this model has no size {name!r}; it has {', '.join(self.axes) or 'none'}")
-            if size < 1:
-                raise ValueError(f"the size {name!r} cannot be {size}; at least 1 must stay")
+        check_sizes(sizes, self.axes)
         return self.resizer(sizes)
 
     def _randomly(self, params: Params, model_state: Params, batch: Batch, asked: Pass) -> Result:

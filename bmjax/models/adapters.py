@@ -154,7 +154,7 @@ def nnx(
 
     def taken(module: flax_nnx.Module, kind: str) -> Params:
         flat = dict(flax_nnx.to_flat_state(flax_nnx.state(module)))
-        return _nested({"/".join(map(str, path)): flat[path].get_value() for path in variables if kinds[path] == kind})
+        return trees.nested({"/".join(map(str, path)): flat[path].get_value() for path in variables if kinds[path] == kind})
 
     def start(key: jax.Array, inputs: jax.Array) -> tuple[Params, Params]:
         module = make(flax_nnx.Rngs(key))
@@ -224,24 +224,12 @@ def _pair(made: Any, stateful: bool) -> tuple[Any, Any]:
     return made
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict from {path: leaf}."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree
-
-
 def _as_dict(tree: Any) -> dict[str, Any]:
     """Any pytree as a nested dict of its paths."""
     leaves = trees.paths(tree)
     if "" in leaves:
         raise ValueError("init returned one bare array; give it a name, as in {'kernel': array}")
-    return _nested(leaves)
+    return trees.nested(leaves)
 
 
 def _as_tree(like: Any, nested: Params) -> Any:

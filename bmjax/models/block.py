@@ -1,25 +1,21 @@
-"""The pre-norm transformer block of token models, and the scan over a stack of them."""
+"""The pre-norm transformer block, the scan over a stack of them, and what networks made of it have in common."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
 
+from bmjax.config import above, field, within
 from bmjax.models.attention import Attention
 from bmjax.models.linen import Dropout
+from bmjax.models.stack import remat_field, scanned
 
 NORMS = ("rmsnorm", "layernorm")
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {"swiglu": nn.silu, "geglu": nn.gelu, "gelu": nn.gelu}
 ATTENTION = ("xla", "cudnn")
-REMAT: Mapping[str, Any] = {  # what the backward pass need not compute again
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,20 +89,26 @@ class Block(nn.Module):
 
 
 def stack(spec: BlockSpec, layers: int, remat: str, train: bool, parts: tuple[str, ...]) -> nn.Module:
-    """`layers` blocks under one scan, called "layers"; `remat` is "none" or a name in `REMAT`.
+    """`layers` blocks under one scan, called "layers", as `stack.scanned`; to be called inside a module's compact method."""
+    return scanned(Block, layers, remat)(spec, train, parts, name="layers")
 
-    To be called inside a module's compact method. Parameters and caches are stacked along axis 0.
+
+FEATURES = ("attention", "mlp")  # a block's branches, which can be captured beside its end
+
+
+def axes(heads: str, width: str) -> Mapping[str, tuple[str, int]]:
+    """Sizes of a stack and of what is around it: depth, heads of keys and values, FFN neurons, and the embedding width.
+
+    Args:
+        heads: what the heads are called; their queries go with them.
+        width: path of the parameter whose axis 1 is the width.
     """
-    # Inside a scan nothing can be merged with the forward pass anyway, so the barriers against it would only cost.
-    block: Any = Block if remat == "none" else nn.remat(Block, prevent_cse=False, policy=REMAT[remat])
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0, "cache": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=nn.broadcast,
-        length=layers,
-    )
-    return scanned(spec, train, parts, name="layers")
+    return {
+        "layers": ("layers/up/kernel", 0),
+        heads: ("layers/attention/key/kernel", 2),
+        "neurons": ("layers/up/kernel", 2),
+        "width": (width, 1),
+    }
 
 
 def rules() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
@@ -125,16 +127,35 @@ def rules() -> tuple[tuple[str, tuple[str | None, ...]], ...]:
     )
 
 
-def check_heads(width: int, heads: int, head_dim: int | None) -> None:
-    """Raises ValueError if the size of a head follows from the width and the heads do not divide it."""
-    if head_dim is None and width % heads:
-        below = max(width // heads, 1) * heads
-        raise ValueError(f"width {width} does not divide into {heads} heads; take a multiple, as {below}, or set head_dim")
+@dataclasses.dataclass
+class BlockConfig:
+    """The fields that configs of token models share; each gives defaults of its own where its kind has others."""
 
+    layers: int = field(4, "transformer layers", check=above(0))
+    width: int = field(256, "embedding width", check=above(0))
+    heads: int = field(4, "attention heads, those of the queries", check=above(0))
+    head_dim: int | None = field(None, "size of a head; none: width / heads", check=above(0))
+    neurons: int = field(1024, "FFN neurons", check=above(0))
+    norm: str = field("rmsnorm", "norm before each branch and at the end", choices=NORMS)
+    mlp: str = field("swiglu", "the MLP and its activation", choices=tuple(ACTIVATIONS))
+    bias: bool = field(False, "biases in attention, MLP and an untied head over the vocabulary")
+    qk_norm: bool = field(False, "RMSNorm on queries and keys")
+    dropout: float = field(0.0, "fraction of each branch's output dropped in training", check=within(0, 1, open_high=True))
+    attention: str = field("xla", "cudnn runs on NVIDIA, in bfloat16 or float16", choices=ATTENTION)
+    remat: str = remat_field()
 
-def check_sequence(shape: tuple[int, ...], length: int | None) -> None:
-    """Raises ValueError if one example's `shape` is not (T,), or T is above the `length` of learned positions."""
-    if len(shape) != 1:
-        raise ValueError(f"a token model needs sequences [T] of ints; the data has {list(shape)}")
-    if length is not None and shape[0] > length:
-        raise ValueError(f"sequences of {shape[0]} tokens are longer than the {length} learned positions; raise `length`")
+    def spec(self, kv_heads: int, causal: bool) -> BlockSpec:
+        """What each layer is made of."""
+        return BlockSpec(
+            heads=self.heads,
+            kv_heads=kv_heads,
+            head_dim=self.head_dim or self.width // self.heads,
+            neurons=self.neurons,
+            norm=self.norm,
+            mlp=self.mlp,
+            bias=self.bias,
+            qk_norm=self.qk_norm,
+            causal=causal,
+            dropout=self.dropout,
+            attention=self.attention,
+        )

@@ -10,11 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.config import above, field, within
+from bmjax.config import above, field
 from bmjax.models import block as blocks
 from bmjax.models.attention import rope, segment_mask, segment_positions
-from bmjax.models.block import BlockSpec, check_heads, check_sequence
-from bmjax.models.linen import LinenModel, captured_parts, layer_features, split_captured
+from bmjax.models.block import BlockConfig, BlockSpec
+from bmjax.models.checks import check_heads, check_sequence, check_tokens
+from bmjax.models.linen import LinenModel, classified
+from bmjax.models.stack import captured_parts, layer_features, split_captured
 from bmjax.types import Batch, Outputs, Params
 
 
@@ -27,7 +29,7 @@ class CausalLM(nn.Module):
         length: rows of the table of learned positions; 0 for rotary ones.
         rope_base: of the rotary frequencies.
         tied: the head is the embedding's table.
-        remat: what the backward pass computes again: "none", or a name in `block.REMAT`.
+        remat: what the backward pass computes again: "none", or a name in `stack.REMAT`.
     """
 
     block: BlockSpec
@@ -42,12 +44,7 @@ class CausalLM(nn.Module):
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
         """Depth, heads of keys and values (their queries go with them), FFN neurons, and the embedding width."""
-        return {
-            "layers": ("layers/up/kernel", 0),
-            "kv_heads": ("layers/attention/key/kernel", 2),
-            "neurons": ("layers/up/kernel", 2),
-            "width": ("embed/embedding", 1),
-        }
+        return blocks.axes("kv_heads", "embed/embedding")
 
     @property
     def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
@@ -57,7 +54,7 @@ class CausalLM(nn.Module):
     @property
     def features(self) -> tuple[str, ...]:
         """The embedding, each layer and its branches, and the normalised end, all [B, T, width]."""
-        return ("embed", *layer_features(self.layers, ("attention", "mlp")), "final")
+        return ("embed", *layer_features(self.layers, blocks.FEATURES), "final")
 
     def resized(self, sizes: Mapping[str, int]) -> CausalLM:
         """Other layers, kv_heads, neurons or width."""
@@ -81,6 +78,7 @@ class CausalLM(nn.Module):
             ValueError: more tokens than there are learned positions, or cuDNN cannot run.
         """
         tokens, segments, positions = batch["inputs"], batch.get("segments"), batch.get("positions")
+        check_tokens(tokens, self.length or None)
         if positions is None and segments is not None:
             positions = segment_positions(segments)
         embed = nn.Embed(self.vocabulary, self.width, embedding_init=nn.initializers.normal(0.02), name="embed")
@@ -96,46 +94,26 @@ class CausalLM(nn.Module):
         x, stacked = stack(x, batch.get("id"), mask, rotation, positions)
         features |= split_captured(stacked, capture)
         x = features["final"] = blocks.make_norm(self.block.norm, "final_norm")(x)
-        if self.tied:
-            kernel, bias = embed.embedding.T, None
-            logits = x @ kernel
-        else:
-            logits = nn.Dense(self.vocabulary, use_bias=self.block.bias, name="head")(x)
-            head: Any = self.get_variable("params", "head")
-            kernel, bias = head["kernel"], head.get("bias")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, kernel, bias))
+        if not self.tied:
+            return classified(self, x, self.vocabulary, features, capture, self.block.bias)
+        kernel = embed.embedding.T
+        return Outputs(x @ kernel, {name: features[name] for name in capture}, (x, kernel, None))
 
     def _learned(self, positions: jax.Array | None, tokens: int) -> jax.Array:
         """What is added to the embedding, [1 or B, T, width]."""
-        if positions is None and tokens > self.length:
-            raise ValueError(f"sequences of {tokens} tokens are longer than the {self.length} learned positions; raise `length`")
         table = self.param("position", nn.initializers.normal(0.02), (self.length, self.width))
         return table[None, :tokens] if positions is None else jnp.take(table, positions, axis=0)
 
 
 @dataclasses.dataclass
-class Decoder:
+class Decoder(BlockConfig):
     """Config of a causal language model."""
 
-    layers: int = field(4, "transformer layers", check=above(0))
-    width: int = field(256, "embedding width", check=above(0))
-    heads: int = field(4, "query heads", check=above(0))
     kv_heads: int | None = field(None, "heads of keys and values, each for heads / kv_heads queries; none: heads", check=above(0))
-    head_dim: int | None = field(None, "size of a head; none: width / heads", check=above(0))
-    neurons: int = field(1024, "FFN neurons", check=above(0))
-    norm: str = field("rmsnorm", "norm before each branch and at the end", choices=blocks.NORMS)
     positions: str = field("rope", "rotary or learned", choices=("rope", "learned"))
     length: int = field(1024, "learned positions: the longest sequence", check=above(0))
     rope_base: float = field(10000.0, "rotary positions: base of the frequencies", check=above(1))
-    mlp: str = field("swiglu", "the MLP and its activation", choices=tuple(blocks.ACTIVATIONS))
-    bias: bool = field(False, "biases in attention, MLP and untied head")
-    qk_norm: bool = field(False, "RMSNorm on queries and keys")
     tied: bool = field(True, "the head is the embedding's table")
-    dropout: float = field(0.0, "fraction of each branch's output dropped in training", check=within(0, 1, open_high=True))
-    attention: str = field("xla", "cudnn runs on NVIDIA, in bfloat16 or float16", choices=blocks.ATTENTION)
-    remat: str = field(
-        "none", "what is computed again: full, or all but products (without a batch axis)", choices=("none", *blocks.REMAT)
-    )
 
     def validate(self) -> None:
         """Raises ValueError if heads, kv_heads, head_dim and width do not fit each other."""
@@ -155,18 +133,6 @@ class Decoder:
         self.validate()
         learned = self.positions == "learned"
         check_sequence(shape, self.length if learned else None)
-        spec = BlockSpec(
-            heads=self.heads,
-            kv_heads=self.kv_heads or self.heads,
-            head_dim=self.head_dim or self.width // self.heads,
-            neurons=self.neurons,
-            norm=self.norm,
-            mlp=self.mlp,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            causal=True,
-            dropout=self.dropout,
-            attention=self.attention,
-        )
+        spec = self.spec(self.kv_heads or self.heads, causal=True)
         length = self.length if learned else 0
         return LinenModel(CausalLM(spec, self.layers, self.width, classes, length, self.rope_base, self.tied, self.remat))

@@ -10,11 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.config import above, field, within
+from bmjax.config import above, field
 from bmjax.models import block as blocks
 from bmjax.models.attention import segment_mask
-from bmjax.models.block import BlockSpec, check_heads, check_sequence
-from bmjax.models.linen import LinenModel, captured_parts, layer_features, split_captured
+from bmjax.models.block import BlockConfig, BlockSpec
+from bmjax.models.checks import check_heads, check_sequence, check_tokens
+from bmjax.models.linen import LinenModel, classified
+from bmjax.models.stack import captured_parts, layer_features, split_captured
 from bmjax.types import Batch, Outputs
 
 POOLS = ("mean", "first")
@@ -47,7 +49,7 @@ class TextClassifier(nn.Module):
         length: rows of the table of positions.
         pad: the id of padding, or None if no token is.
         pool: "mean" or "first".
-        remat: what the backward pass computes again: "none", or a name in `block.REMAT`.
+        remat: what the backward pass computes again: "none", or a name in `stack.REMAT`.
     """
 
     block: BlockSpec
@@ -63,12 +65,7 @@ class TextClassifier(nn.Module):
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
         """Depth, attention heads, FFN neurons, and the embedding width."""
-        return {
-            "layers": ("layers/up/kernel", 0),
-            "heads": ("layers/attention/query/kernel", 2),
-            "neurons": ("layers/up/kernel", 2),
-            "width": ("embed/embedding", 1),
-        }
+        return blocks.axes("heads", "embed/embedding")
 
     @property
     def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
@@ -78,7 +75,7 @@ class TextClassifier(nn.Module):
     @property
     def features(self) -> tuple[str, ...]:
         """The embedding, each layer and its branches [B, T, width], and the pooled end [B, width]."""
-        return ("embed", *layer_features(self.layers, ("attention", "mlp")), "final")
+        return ("embed", *layer_features(self.layers, blocks.FEATURES), "final")
 
     def resized(self, sizes: Mapping[str, int]) -> TextClassifier:
         """Other layers, heads, neurons or width."""
@@ -94,7 +91,7 @@ class TextClassifier(nn.Module):
             ValueError: more tokens than there are positions, or cuDNN cannot run.
         """
         tokens, segments, positions = batch["inputs"], batch.get("segments"), batch.get("positions")
-        check_sequence(tokens.shape[1:], self.length)
+        check_tokens(tokens, self.length)
         real = real_tokens(batch, self.pad)
         mask = real[:, None, None, :]
         if segments is not None:
@@ -107,33 +104,22 @@ class TextClassifier(nn.Module):
         x, stacked = stack(x, batch.get("id"), mask, None, None)
         features |= split_captured(stacked, capture)
         x = features["final"] = pooled(blocks.make_norm(self.block.norm, "final_norm")(x), real, self.pool)
-        logits = nn.Dense(self.classes, name="head")(x)
-        head: Any = self.get_variable("params", "head")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+        return classified(self, x, self.classes, features, capture)
 
 
 @dataclasses.dataclass
-class Encoder:
+class Encoder(BlockConfig):
     """Config of a text classifier."""
 
-    vocabulary: int = field(256, "tokens that there are", check=above(1))
-    layers: int = field(4, "transformer layers", check=above(0))
+    vocabulary: int = field(256, "tokens that there are, at least as many as in the data", check=above(1))
     width: int = field(128, "embedding width", check=above(0))
-    heads: int = field(4, "attention heads", check=above(0))
-    head_dim: int | None = field(None, "size of a head; none: width / heads", check=above(0))
     neurons: int = field(512, "FFN neurons", check=above(0))
     norm: str = field("layernorm", "norm before each branch and at the end", choices=blocks.NORMS)
     length: int = field(512, "positions: the longest sequence", check=above(0))
     mlp: str = field("gelu", "the MLP and its activation", choices=tuple(blocks.ACTIVATIONS))
     bias: bool = field(True, "biases in attention and MLP")
-    qk_norm: bool = field(False, "RMSNorm on queries and keys")
     pad: int | None = field(None, "id of padding; none: only weights or segments tell", check=(lambda v: v >= 0, "of at least 0"))
     pool: str = field("mean", "what is classified: the mean over the tokens, or the first one", choices=POOLS)
-    dropout: float = field(0.0, "fraction of each branch's output dropped in training", check=within(0, 1, open_high=True))
-    attention: str = field("xla", "cudnn runs on NVIDIA, in bfloat16 or float16", choices=blocks.ATTENTION)
-    remat: str = field(
-        "none", "what is computed again: full, or all but products (without a batch axis)", choices=("none", *blocks.REMAT)
-    )
 
     def validate(self) -> None:
         """Raises ValueError if the heads do not divide the width, or the id of padding is no token."""
@@ -149,17 +135,5 @@ class Encoder:
         """
         self.validate()
         check_sequence(shape, self.length)
-        spec = BlockSpec(
-            heads=self.heads,
-            kv_heads=self.heads,
-            head_dim=self.head_dim or self.width // self.heads,
-            neurons=self.neurons,
-            norm=self.norm,
-            mlp=self.mlp,
-            bias=self.bias,
-            qk_norm=self.qk_norm,
-            dropout=self.dropout,
-            attention=self.attention,
-        )
         sizes = (self.layers, self.width, self.vocabulary, classes, self.length)
-        return LinenModel(TextClassifier(spec, *sizes, self.pad, self.pool, self.remat))
+        return LinenModel(TextClassifier(self.spec(self.heads, causal=False), *sizes, self.pad, self.pool, self.remat))

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bmjax.models.checks import check_capture, check_sizes
 from bmjax.types import Batch, Outputs, Params
 
 
@@ -57,6 +58,11 @@ class LinenModel:
         """All feature names that `apply` can capture."""
         return cast(Network, self.module).features
 
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids there are, all below it; 0 where inputs are no ids."""
+        return getattr(self.module, "vocabulary", 0)
+
     def init(self, key: jax.Array, batch: Batch) -> tuple[Params, Params]:
         """Fresh (params, model_state) for inputs shaped like the batch's."""
         variables = dict(self.module.init({"params": key}, jax.tree.map(jnp.asarray, dict(batch))))
@@ -77,9 +83,7 @@ class LinenModel:
         Raises:
             ValueError: a captured name is not one of `features`.
         """
-        for name in capture:
-            if name not in self.features:
-                raise ValueError(f"there is no feature {name!r}; there are {', '.join(self.features)}")
+        check_capture(capture, self.features)
         variables = {"params": params, **model_state}
         changes = list(model_state) if train else []  # batch statistics
         found = self.module.apply(variables, batch, train=train, capture=tuple(capture), rngs=rngs, mutable=changes or False)
@@ -91,11 +95,7 @@ class LinenModel:
         Raises:
             ValueError: a size that `axes` does not name, or one below 1.
         """
-        for name, size in sizes.items():
-            if name not in self.axes:
-                raise ValueError(f"this model has no size {name!r}; it has {', '.join(self.axes)}")
-            if size < 1:
-                raise ValueError(f"the size {name!r} cannot be {size}; at least 1 must stay")
+        check_sizes(sizes, self.axes)
         return dataclasses.replace(self, module=cast(Network, self.module).resized(sizes))
 
 
@@ -116,22 +116,19 @@ class Dropout(nn.Module):
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
-def layer_features(layers: int, parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Names of a stack's features: "layers/0", "layers/0/mlp", ..."""
-    return tuple(f"layers/{i}{'/' + part if part else ''}" for i in range(layers) for part in ("", *parts))
+def classified(
+    module: nn.Module, x: jax.Array, classes: int, features: Mapping[str, jax.Array], capture: tuple[str, ...], bias: bool = True
+) -> Outputs:
+    """The outputs of a network that ends in a dense layer "head": logits [..., classes] from `x` [..., width].
 
-
-def split_captured(stacked: Mapping[str, jax.Array], capture: tuple[str, ...]) -> dict[str, jax.Array]:
-    """One entry a layer from what a scan stacked: {"mlp": [L, B, ...]} -> {"layers/3/mlp": [B, ...]}."""
-    found = {}
-    for name in capture:
-        kind, _, rest = name.partition("/")
-        if kind == "layers":
-            index, _, part = rest.partition("/")
-            found[name] = stacked[part][int(index)]
-    return found
-
-
-def captured_parts(capture: tuple[str, ...]) -> tuple[str, ...]:
-    """The parts of a block that any captured name asks for: ("layers/3/mlp", "layers/0") -> ("", "mlp")."""
-    return tuple(sorted({name.split("/", 2)[2] if name.count("/") > 1 else "" for name in capture if name.startswith("layers/")}))
+    Args:
+        module: whose compact method this is called in.
+        x: what the head sees.
+        classes: its outputs.
+        features: all that can be captured.
+        capture: the names that were asked for.
+        bias: whether the head has one.
+    """
+    logits = nn.Dense(classes, use_bias=bias, name="head")(x)
+    head: Any = module.get_variable("params", "head")
+    return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head.get("bias")))

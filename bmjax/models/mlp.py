@@ -9,8 +9,9 @@ from typing import Any, cast
 import flax.linen as nn
 import jax
 
-from bmjax.config import field
-from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
+from bmjax.config import above, field, within
+from bmjax.models.linen import Dropout, LinenModel, classified
+from bmjax.models.stack import captured_parts, layer_features, remat_field, scanned, split_captured
 from bmjax.types import Batch, Outputs
 
 _kernel_init = nn.initializers.he_normal()
@@ -55,9 +56,7 @@ class PlainMLP(nn.Module):
         for i, size in enumerate(self.hidden):
             x = nn.relu(nn.Dense(size, kernel_init=_kernel_init, name=f"hidden_{i}")(x))
             features[f"hidden_{i}"] = x
-        logits = nn.Dense(self.classes, name="head")(x)
-        head: Any = self.get_variable("params", "head")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+        return classified(self, x, self.classes, features, capture)
 
 
 class _Block(nn.Module):
@@ -77,13 +76,20 @@ class _Block(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    """Pre-norm residual blocks of width -> neurons -> width, scanned. logits [B, classes]."""
+    """Pre-norm residual blocks of width -> neurons -> width, scanned. logits [B, classes].
+
+    Attributes:
+        layers, width, neurons, classes: sizes.
+        dropout: fraction of each block's branch that is dropped in training.
+        remat: what the backward pass computes again: "none", or a name in `stack.REMAT`.
+    """
 
     layers: int
     width: int
     neurons: int
     classes: int
     dropout: float = 0.0
+    remat: str = "none"
 
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
@@ -115,24 +121,20 @@ class ResidualMLP(nn.Module):
         inputs, ids = batch["inputs"], batch.get("id")
         x = nn.Dense(self.width, name="embed")(inputs.reshape(inputs.shape[0], -1))
         features = {"embed": x}
-        stack = nn.scan(
-            _Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-        )
+        stack = scanned(_Block, self.layers, self.remat)
         x, stacked = stack(self.width, self.neurons, self.dropout, train, captured_parts(capture), name="layers")(x, ids)
         features |= split_captured(stacked, capture)
         x = features["final"] = nn.LayerNorm(name="final_norm")(x)
-        logits = nn.Dense(self.classes, name="head")(x)
-        head: Any = self.get_variable("params", "head")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+        return classified(self, x, self.classes, features, capture)
 
 
 @dataclasses.dataclass
 class Plain:
-    """Config of a plain MLP; the default is the 128-64-32 classifier."""
+    """Config of a plain MLP; the default is the 128-64-32 classifier.
+
+    Its layers have sizes of their own, so they are not scanned, and what they keep for the backward pass is what they give to
+    the next one, so there is nothing to compute again.
+    """
 
     hidden: tuple[int, ...] = field(
         (128, 64, 32), "width of each hidden layer", check=(lambda v: v and min(v) > 0, "above 0, at least one of them")
@@ -147,13 +149,12 @@ class Plain:
 class Residual:
     """Config of a residual pre-norm MLP."""
 
-    layers: int = field(4, "residual blocks", check=(lambda v: v > 0, "above 0"))
-    width: int = field(128, "width of the residual stream", check=(lambda v: v > 0, "above 0"))
-    neurons: int = field(512, "inner neurons of each block", check=(lambda v: v > 0, "above 0"))
-    dropout: float = field(
-        0.0, "fraction of each block's output that is dropped in training", check=(lambda v: 0 <= v < 1, "in [0, 1)")
-    )
+    layers: int = field(4, "residual blocks", check=above(0))
+    width: int = field(128, "width of the residual stream", check=above(0))
+    neurons: int = field(512, "inner neurons of each block", check=above(0))
+    dropout: float = field(0.0, "fraction of each branch's output dropped in training", check=within(0, 1, open_high=True))
+    remat: str = remat_field()
 
     def build(self, shape: tuple[int, ...], classes: int) -> LinenModel:
         """The model for inputs of one example's `shape`."""
-        return LinenModel(ResidualMLP(self.layers, self.width, self.neurons, classes, self.dropout))
+        return LinenModel(ResidualMLP(self.layers, self.width, self.neurons, classes, self.dropout, self.remat))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from bmjax.config import above, field
-from bmjax.models.linen import LinenModel
+from bmjax.models.linen import LinenModel, classified
 from bmjax.models.norms import BatchNorm, GroupNorm
+from bmjax.models.stack import remat_field, rematerialised, scanned
 from bmjax.types import Batch, Outputs
 
 _SHORTCUTS = ("projection", "identity")
@@ -40,7 +41,7 @@ class _Kind(NamedTuple):
 
     group: int
     project: bool
-    remat: bool
+    remat: str
     train: bool
 
     def norm(self, x: jax.Array, weights: jax.Array | None, name: str) -> jax.Array:
@@ -89,21 +90,14 @@ class _StageBlocks(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
         kind, sizes = self.kind, self.sizes
-        # Within a scan nothing can be merged with the forward pass, so there the barrier that prevents it is left out.
-        first, block = (nn.remat(_Block), nn.remat(_Block, prevent_cse=False)) if kind.remat else (_Block, _Block)
+        first = rematerialised(_Block, kind.remat, scanned=False)
         unit = max(kind.group, 1)
         width, after = sizes.width * unit, any(name != "block_0" for name in self.capture)
         x, _ = first(kind, width, sizes.first_inner * unit, self.stride, False, name="first")(x, weights)
         found = {"block_0": x}
         if sizes.blocks:
-            scanned = nn.scan(
-                block,
-                variable_axes={"params": 0, "batch_stats": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,
-                length=sizes.blocks,
-            )
-            x, stacked = scanned(kind, width, sizes.inner * unit, 1, after, name="rest")(x, weights)
+            rest = scanned(_Block, sizes.blocks, kind.remat)(kind, width, sizes.inner * unit, 1, after, name="rest")
+            x, stacked = rest(x, weights)
             if stacked is not None:
                 found |= {f"block_{j + 1}": stacked[j] for j in range(sizes.blocks)}
         return x, {name: found[name] for name in self.capture}
@@ -117,14 +111,14 @@ class ResNetModule(nn.Module):
         classes: number of classes.
         group: channels in a group of GroupNorm; 0 for BatchNorm.
         project: shortcuts between stages are 1x1 convolutions; if not, they are the identity with zeros for new channels.
-        remat: blocks are computed again in the backward pass, which saves memory.
+        remat: what the backward pass computes again, block by block: "none", or a name in `stack.REMAT`.
     """
 
     stages: tuple[Stage, ...]
     classes: int
     group: int = 0
     project: bool = True
-    remat: bool = False
+    remat: str = "none"
 
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
@@ -183,9 +177,7 @@ class ResNetModule(nn.Module):
             x, found = _StageBlocks(kind, sizes, 1 if i == 0 else 2, wanted, name=stage)(x, weights)
             features |= {f"{stage}/{block}": value for block, value in found.items()}
         x = features["final"] = x.mean(axis=(1, 2))
-        logits = nn.Dense(self.classes, name="head")(x)
-        head: Any = self.get_variable("params", "head")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+        return classified(self, x, self.classes, features, capture)
 
 
 @dataclasses.dataclass
@@ -197,7 +189,7 @@ class ResNet:
     norm: str = field("batch", "normalisation", choices=("batch", "group"))
     group: int = field(4, "channels in a group of the group normalisation; they divide the width", check=above(0))
     shortcut: str = field("projection", "where a stage begins: a 1x1 convolution, or zeros for new channels", choices=_SHORTCUTS)
-    remat: bool = field(False, "compute blocks again in the backward pass to save memory")
+    remat: str = remat_field()
 
     def validate(self) -> None:
         """Raises ValueError if groups of channels do not divide the width."""

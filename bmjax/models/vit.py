@@ -7,36 +7,24 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
 
-from bmjax.config import field
-from bmjax.models.attention import Attention
-from bmjax.models.linen import Dropout, LinenModel, captured_parts, layer_features, split_captured
+from bmjax.config import above, field, within
+from bmjax.models import block as blocks
+from bmjax.models.block import BlockSpec
+from bmjax.models.linen import LinenModel, classified
+from bmjax.models.stack import captured_parts, layer_features, remat_field, split_captured
 from bmjax.types import Batch, Outputs
 
 
-class _Block(nn.Module):
-    heads: int
-    head_dim: int
-    neurons: int
-    dropout: float
-    train: bool
-    parts: tuple[str, ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, ids: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
-        y = Attention(self.heads, self.head_dim, name="attention")(nn.LayerNorm(name="norm_attention")(x))
-        attention = Dropout(self.dropout)(y, ids, self.train)
-        x = x + attention
-        y = nn.gelu(nn.Dense(self.neurons, name="up")(nn.LayerNorm(name="norm_mlp")(x)))
-        mlp = Dropout(self.dropout)(nn.Dense(x.shape[-1], name="down")(y), ids, self.train)
-        x = x + mlp
-        found = {"": x, "attention": attention, "mlp": mlp}
-        return x, {part: found[part] for part in self.parts}
-
-
 class ViT(nn.Module):
-    """inputs [B, H, W, C] float -> logits [B, classes]."""
+    """inputs [B, H, W, C] float -> logits [B, classes].
+
+    Attributes:
+        patch: side of a square patch, pixels.
+        layers, width, heads, head_dim, neurons, classes: sizes.
+        dropout: fraction of each branch's output that is dropped in training.
+        remat: what the backward pass computes again: "none", or a name in `stack.REMAT`.
+    """
 
     patch: int
     layers: int
@@ -46,33 +34,22 @@ class ViT(nn.Module):
     neurons: int
     classes: int
     dropout: float = 0.0
+    remat: str = "none"
 
     @property
     def axes(self) -> Mapping[str, tuple[str, int]]:
         """Depth, attention heads, FFN neurons, and the embedding width."""
-        return {
-            "layers": ("layers/up/kernel", 0),
-            "heads": ("layers/attention/query/kernel", 2),
-            "neurons": ("layers/up/kernel", 2),
-            "width": ("embed/kernel", 1),
-        }
+        return blocks.axes("heads", "embed/kernel")
 
     @property
     def rules(self) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
-        """Kernels over fsdp and tensor, the Megatron way: heads and neurons are split over tensor."""
-        return (
-            ("attention/(query|key|value)/kernel", (None, "fsdp", "tensor")),
-            ("attention/out/kernel", (None, "tensor", None, "fsdp")),
-            ("layers/up/kernel", (None, "fsdp", "tensor")),
-            ("layers/down/kernel", (None, "tensor", "fsdp")),
-            ("head/kernel", ("fsdp",)),
-            (".*", ()),
-        )
+        """As all stacks of blocks."""
+        return (("head/kernel", ("fsdp",)), *blocks.rules())
 
     @property
     def features(self) -> tuple[str, ...]:
         """The embedding, each layer and its branches [B, T, width], and the pooled end [B, width]."""
-        return ("embed", *layer_features(self.layers, ("attention", "mlp")), "final")
+        return ("embed", *layer_features(self.layers, blocks.FEATURES), "final")
 
     def resized(self, sizes: Mapping[str, int]) -> ViT:
         """Other layers, heads, neurons or width."""
@@ -81,41 +58,33 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, batch: Batch, train: bool = False, capture: tuple[str, ...] = ()) -> Outputs:
         """See `Model.apply`."""
-        inputs, ids = batch["inputs"], batch.get("id")
+        inputs = batch["inputs"]
         b, h, w, c = inputs.shape
         p = self.patch
         patches = inputs.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
         x = nn.Dense(self.width, name="embed")(patches.reshape(b, -1, p * p * c))
         x = x + self.param("position", nn.initializers.normal(0.02), (1, x.shape[1], self.width))
         features = {"embed": x}
-        stack = nn.scan(
-            _Block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.layers,
-        )
-        block = stack(self.heads, self.head_dim, self.neurons, self.dropout, train, captured_parts(capture), name="layers")
-        x, stacked = block(x, ids)
+        heads, norm = self.heads, "layernorm"
+        spec = BlockSpec(heads, heads, self.head_dim, self.neurons, norm, "gelu", bias=True, dropout=self.dropout)
+        stack: Any = blocks.stack(spec, self.layers, self.remat, train, captured_parts(capture))
+        x, stacked = stack(x, batch.get("id"), None, None, None)
         features |= split_captured(stacked, capture)
-        x = features["final"] = nn.LayerNorm(name="final_norm")(x).mean(axis=1)
-        logits = nn.Dense(self.classes, name="head")(x)
-        head: Any = self.get_variable("params", "head")
-        return Outputs(logits, {name: features[name] for name in capture}, (x, head["kernel"], head["bias"]))
+        x = features["final"] = blocks.make_norm(norm, "final_norm")(x).mean(axis=1)
+        return classified(self, x, self.classes, features, capture)
 
 
 @dataclasses.dataclass
 class Transformer:
     """Config of a vision transformer."""
 
-    patch: int = field(2, "side of a square patch, pixels", check=(lambda v: v > 0, "above 0"))
-    layers: int = field(4, "transformer layers", check=(lambda v: v > 0, "above 0"))
-    width: int = field(64, "embedding width", check=(lambda v: v > 0, "above 0"))
-    heads: int = field(4, "attention heads; they divide the width", check=(lambda v: v > 0, "above 0"))
-    neurons: int = field(256, "FFN neurons", check=(lambda v: v > 0, "above 0"))
-    dropout: float = field(
-        0.0, "fraction of each branch's output that is dropped in training", check=(lambda v: 0 <= v < 1, "in [0, 1)")
-    )
+    patch: int = field(2, "side of a square patch, pixels", check=above(0))
+    layers: int = field(4, "transformer layers", check=above(0))
+    width: int = field(64, "embedding width", check=above(0))
+    heads: int = field(4, "attention heads; they divide the width", check=above(0))
+    neurons: int = field(256, "FFN neurons", check=above(0))
+    dropout: float = field(0.0, "fraction of each branch's output dropped in training", check=within(0, 1, open_high=True))
+    remat: str = remat_field()
 
     def validate(self) -> None:
         """Raises ValueError if the heads do not divide the width."""
@@ -133,5 +102,5 @@ class Transformer:
             raise ValueError(
                 f"patches of {self.patch} pixels need images [H, W, C] with sides they divide; the data has {list(shape)}"
             )
-        head_dim = self.width // self.heads
-        return LinenModel(ViT(self.patch, self.layers, self.width, self.heads, head_dim, self.neurons, classes, self.dropout))
+        sizes = (self.layers, self.width, self.heads, self.width // self.heads, self.neurons, classes)
+        return LinenModel(ViT(self.patch, *sizes, self.dropout, self.remat))

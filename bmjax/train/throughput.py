@@ -120,6 +120,7 @@ class Meter:
         self._clock = clock
         self._start, self._done = 0.0, -1  # when, and after how many steps, the present window began
         self._waited = 0.0
+        self._silent = False  # nothing to say of a state, so nothing to dispatch
 
     @classmethod
     def of(cls, problem: Any, state: TrainState, frozen: Any, batch: Batch, devices: Iterable[Any], schedule: Any) -> Meter:
@@ -139,7 +140,11 @@ class Meter:
 
     def probe(self, state: TrainState) -> dict[str, jax.Array]:
         """What a line says of a state, on the device; it does not wait."""
-        return probe(state.step, state.opt_state["model"], self._schedule)
+        if self._silent:
+            return {}
+        figures = probe(state.step, state.opt_state["model"], self._schedule)
+        self._silent = not figures
+        return figures
 
     @property
     def running(self) -> bool:
