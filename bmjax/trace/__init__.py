@@ -1,8 +1,24 @@
-"""Walks the jaxpr of any JAX function: groups of axes that shrink together, the function at smaller sizes, FLOPs."""
+"""Walks the jaxpr of any JAX function: groups of axes that shrink together, the same at smaller sizes, FLOPs, linear layers."""
 
 from bmjax.trace.check import groups
 from bmjax.trace.flops import flops
 from bmjax.trace.groups import Traced, counts, trace
+from bmjax.trace.inputs import Inputs
 from bmjax.trace.keep import masks, pool
+from bmjax.trace.linear import Linear
+from bmjax.trace.stream import Linears, contracting, linears
 
-__all__ = ["Traced", "counts", "flops", "groups", "masks", "pool", "trace"]
+__all__ = [
+    "Inputs",
+    "Linear",
+    "Linears",
+    "Traced",
+    "contracting",
+    "counts",
+    "flops",
+    "groups",
+    "linears",
+    "masks",
+    "pool",
+    "trace",
+]
