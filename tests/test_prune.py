@@ -342,7 +342,7 @@ def test_partitioned_masks_equal_those_of_one_device_without_a_gather(allocation
     specs = {"a": {"kernel": P("fsdp", "tensor")}, "b": {"kernel": P(None, ("fsdp", "tensor"))}}
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     whole = NamedSharding(mesh, P())
-    state_shardings = prune.SparsifyState(whole, shardings, {}, whole)
+    state_shardings = prune.SparsifyState(whole, shardings, {}, whole, whole, ())
     state = jax.jit(tx.init, out_shardings=state_shardings)(jax.device_put(params, shardings))
     update = jax.jit(tx.update, in_shardings=(shardings, state_shardings, shardings), out_shardings=(shardings, state_shardings))
     compiled = update.lower(params, state, params).compile().as_text()

@@ -134,7 +134,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
 
 def _check_pruning(config: Config, params: Any) -> None:
     """Raises ValueError if both the user's transforms and the config prune: their sparsities would not add up to either."""
-    if not config.prune.sparsity:
+    if not config.prune.works:
         return
     own = config.transformed(config.run.optimizer.build(config.run.steps), config.run.steps)
     if prune.prunes(jax.eval_shape(own.init, params)):

@@ -1,4 +1,8 @@
-"""What is dropped together: single weights, or the elements of groups."""
+"""What is dropped together: single weights, n of m neighbours, blocks, channels, or the elements of groups.
+
+A pattern of an array makes units of its weights (`pool`), the allocation chooses units, and the pattern makes a mask of the
+choice (`expand`). An n:m pattern chooses by itself. A pattern of groups spans arrays.
+"""
 
 from __future__ import annotations
 
@@ -10,29 +14,34 @@ import jax
 import jax.numpy as jnp
 
 from bmjax import trees
-from bmjax.prune.criteria import Criterion, Seen
-from bmjax.trace import keep
+from bmjax.prune import threshold
 from bmjax.types import Group, Params
+
+SCANNED = r"(^|/)layers/(?!\d)"  # what this package calls stacks of scanned layers
 
 Sparsity: TypeAlias = float | Mapping[str, float]
 
 
 class Pattern(NamedTuple):
-    """How the choices that an allocation makes become masks. A choice is {name: bool array}: paths, or names of groups.
+    """How the weights of an array become units, and units a mask. Arrays may have a stacked axis in front.
 
     Attributes:
-        targets: (params, sparsity, where) -> {name: target sparsity} of all that takes part.
-        whole: (params, names) -> the choice that keeps everything.
-        scores: (criterion, seen, names) -> {name: scores}, shaped like the choice.
-        masks: (choice, params) -> tree of bool like params, a scalar True for a parameter that takes no part.
-        groups: the groups; empty if single weights are chosen.
+        name: for messages.
+        pool: (scores, number of stacked axes) -> scores of its units, stacked alike.
+        expand: (chosen units, shape of the array) -> bool mask of that shape.
+        check: (path, shape without the stacked axis) -> None; raises ValueError where the pattern does not fit.
+        choose: None, or (path, scores, fraction of the way) -> mask, for a pattern that needs no allocation.
+        implied: the sparsity that the pattern is, if it chooses by itself.
+        groups: the groups of a pattern that spans arrays; then nothing else here is used.
     """
 
-    targets: Callable[[Params, Sparsity, str | None], dict[str, float]]
-    whole: Callable[[Params, Sequence[str]], dict[str, jax.Array]]
-    scores: Callable[[Criterion, Seen, Sequence[str]], dict[str, jax.Array]]
-    masks: Callable[[dict[str, jax.Array], Params], Params]
-    groups: tuple[Group, ...]
+    name: str
+    pool: Callable[[jax.Array, int], jax.Array]
+    expand: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    check: Callable[[str, tuple[int, ...]], None]
+    choose: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None
+    implied: float | None = None
+    groups: tuple[Group, ...] = ()
 
 
 def left_out(path: str, ndim: int) -> str:
@@ -47,15 +56,24 @@ def left_out(path: str, ndim: int) -> str:
         for reason, regex in (("embedding", "embed"), ("norm", "norm"), ("head", "^(.*_)?head$")):
             if re.search(regex, part):
                 return reason
-    return "" if path.split("/")[-1] == "kernel" else "not called kernel"
+    return "" if _name(path) == "kernel" else "not called kernel"
 
 
-def _chosen(params: Params, where: str | None) -> list[str]:
-    """Paths of the weights to prune: those that `where` finds, or those of the default rule."""
+def _name(path: str) -> str:
+    """The parameter's own name; NNX puts every array in a `value`."""
+    return path.removesuffix("/value").split("/")[-1]
+
+
+def chosen(params: Params, where: str | None) -> list[str]:
+    """Paths of the weights to prune: those that `where` finds, or those of the default rule.
+
+    Raises:
+        ValueError: there are none.
+    """
     leaves = {path: leaf.ndim for path, leaf in trees.paths(params).items()}
     if where is not None:
         return [path for path, hit in trees.paths(trees.select(params, where)).items() if hit]
-    if any(path.split("/")[-1] == "kernel" for path in leaves):
+    if any(_name(path) == "kernel" for path in leaves):
         found = [path for path, ndim in leaves.items() if not left_out(path, ndim)]
     else:  # a tree that does not use Flax's names
         found = [path for path, ndim in leaves.items() if ndim >= 2]
@@ -67,28 +85,107 @@ def _chosen(params: Params, where: str | None) -> list[str]:
 def unstructured() -> Pattern:
     """Single weights, anywhere."""
 
-    def targets(params: Params, sparsity: Sparsity, where: str | None) -> dict[str, float]:
-        chosen = _chosen(params, where)
-        if not isinstance(sparsity, Mapping):
-            return dict.fromkeys(chosen, sparsity)
-        for pattern in sparsity:
-            if not any(re.search(pattern, path) for path in chosen):
-                raise ValueError(f"the sparsity of {pattern!r} matches none of the weights to prune: {', '.join(chosen)}")
-        first = {path: next((s for pattern, s in sparsity.items() if re.search(pattern, path)), None) for path in chosen}
-        return {path: s for path, s in first.items() if s is not None}
+    def check(path: str, shape: tuple[int, ...]) -> None:
+        if not shape:
+            raise ValueError(f"{path} is a scalar, which cannot be pruned; leave it out of `where`")
 
-    def whole(params: Params, names: Sequence[str]) -> dict[str, jax.Array]:
-        leaves = trees.paths(params)
-        return {name: jnp.ones(leaves[name].shape, bool) for name in names}
+    return Pattern("unstructured", lambda scores, stacked: scores, lambda units, shape: units, check)
 
-    def scores(criterion: Criterion, seen: Seen, names: Sequence[str]) -> dict[str, jax.Array]:
-        found = trees.paths(criterion.weights(seen))
-        return {name: found[name] for name in names}
 
-    def masks(choice: dict[str, jax.Array], params: Params) -> Params:
-        return trees.map_with_path(lambda path, _: choice.get(path, jnp.ones((), bool)), params)
+def n_m(n: int, m: int, axis: int | Mapping[str, int] = -2) -> Pattern:
+    """Of each m neighbours along the axis that the layer contracts, the n largest stay: 2:4 and the like.
 
-    return Pattern(targets, whole, scores, masks, ())
+    Mishra et al. 2021, arXiv 2104.08378. The sparsity is 1 - n / m; a gradual schedule drops one neighbour after the other.
+
+    Args:
+        n, m: 1 <= n < m.
+        axis: counted from the last one, which is -1; or {path or regex: axis}. -2 is what a kernel [..., in, out] contracts;
+            `trace.contracting` finds each layer's own, for kernels of any rank.
+
+    Raises:
+        ValueError: n or m out of range; at `init`: an axis that m does not divide, a vector, or a path that no regex matches.
+    """
+    if not 1 <= n < m:
+        raise ValueError(f"the pattern {n}:{m} is given; expected n:m with 1 <= n < m, n of each m neighbours kept")
+
+    def along(path: str) -> int:
+        if isinstance(axis, int):
+            return axis
+        found = [axis[path]] if path in axis else [at for regex, at in axis.items() if re.search(regex, path)]
+        if not found:
+            raise ValueError(f"the pattern {n}:{m} is given axes by path, and none of {', '.join(axis)} is found in {path}")
+        return found[0]
+
+    def check(path: str, shape: tuple[int, ...]) -> None:
+        at = along(path)
+        if len(shape) < 2:
+            raise ValueError(f"the pattern {n}:{m} needs an axis to contract, and {path} has shape {list(shape)}; leave it out")
+        if not -len(shape) <= at < 0:
+            raise ValueError(f"the pattern {n}:{m} is to run along axis {at} of {path} {list(shape)}; count from the last, -1")
+        if shape[at] % m:
+            raise ValueError(f"axis {at} of {path} {list(shape)} has {shape[at]} entries, which {m} does not divide; no {n}:{m}")
+
+    def choose(path: str, scores: jax.Array, fraction: jax.Array) -> jax.Array:
+        stay = m - jnp.floor(fraction * (m - n) + 1e-4).astype(jnp.int32)
+        return threshold.nm_mask(scores, stay, m, along(path))
+
+    same = lambda scores, stacked: scores
+    return Pattern(f"{n}:{m}", same, lambda units, shape: units, check, choose, 1 - n / m)
+
+
+def block(rows: int, columns: int) -> Pattern:
+    """Blocks of the last two axes; a block is worth the sum of its weights' scores. Gray et al. 2017; Narang et al. 2017.
+
+    Raises:
+        ValueError: a size below 1; at `init`: an axis that the block does not divide, or a vector.
+    """
+    if rows < 1 or columns < 1:
+        raise ValueError(f"blocks of {rows} x {columns} are asked for; expected 1 or more each way")
+
+    def check(path: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2:
+            raise ValueError(f"blocks of {rows} x {columns} need two axes, and {path} has shape {list(shape)}; leave it out")
+        if shape[-2] % rows or shape[-1] % columns:
+            raise ValueError(f"blocks of {rows} x {columns} do not divide {path} {list(shape)}")
+
+    return Pattern(
+        f"block {rows} x {columns}",
+        lambda scores, stacked: threshold.block_sums(scores, (rows, columns)),
+        lambda units, shape: jnp.repeat(jnp.repeat(units, rows, axis=-2), columns, axis=-1),
+        check,
+    )
+
+
+def channel(axis: int = -1) -> Pattern:
+    """Whole slices of an array across one axis, such as the output channels of a kernel [..., in, out].
+
+    A channel is worth the sum of its weights' scores: its L1 norm by magnitude, Li et al. 2017, arXiv 1608.08710. What else
+    belongs to the channel (its bias, the next layer's inputs) stays: `groups` drops all of it.
+
+    Args:
+        axis: counted from the last one, which is -1.
+
+    Raises:
+        ValueError: at `init`: an array without such an axis, or a vector.
+    """
+    if axis >= 0:
+        raise ValueError(f"channels of axis {axis} are asked for; count from the last axis, which is -1")
+
+    def check(path: str, shape: tuple[int, ...]) -> None:
+        if len(shape) < 2 or len(shape) < -axis:
+            raise ValueError(f"channels of axis {axis} are to be dropped from {path} {list(shape)}, which has none; leave it out")
+
+    def others(ndim: int, stacked: int) -> tuple[int, ...]:
+        return tuple(i for i in range(stacked, ndim) if i != ndim + axis)
+
+    def pool(scores: jax.Array, stacked: int) -> jax.Array:
+        return jnp.sum(scores.astype(jnp.float32), axis=others(scores.ndim, stacked))
+
+    def expand(units: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        stacked = units.ndim - 1
+        return jnp.broadcast_to(jnp.expand_dims(units, others(len(shape), stacked)), shape)
+
+    return Pattern(f"channel of axis {axis}", pool, expand, check)
 
 
 def groups(groups: Sequence[Group]) -> Pattern:
@@ -103,23 +200,8 @@ def groups(groups: Sequence[Group]) -> Pattern:
     by_name = {group.name: group for group in groups}
     if not by_name or len(by_name) != len(groups):
         raise ValueError(f"the groups pattern is given {[group.name for group in groups]}; expected groups of different names")
-
-    def targets(params: Params, sparsity: Sparsity, where: str | None) -> dict[str, float]:
-        keep.masks(list(by_name.values()), {}, params)
-        return dict(sparsity) if isinstance(sparsity, Mapping) else dict.fromkeys(by_name, sparsity)
-
-    def whole(params: Params, names: Sequence[str]) -> dict[str, jax.Array]:
-        return {name: jnp.ones(keep.shape(by_name[name]), bool) for name in names}
-
-    def scores(criterion: Criterion, seen: Seen, names: Sequence[str]) -> dict[str, jax.Array]:
-        return criterion.elements([by_name[name] for name in names], seen)
-
-    def masks(choice: dict[str, jax.Array], params: Params) -> Params:
-        touched = {member.path for name in choice for member in by_name[name].members}
-        full = keep.masks(list(by_name.values()), choice, params)
-        return trees.map_with_path(lambda path, mask: mask if path in touched else jnp.ones((), bool), full)
-
-    return Pattern(targets, whole, scores, masks, tuple(by_name.values()))
+    plain = unstructured()
+    return plain._replace(name="groups", groups=tuple(by_name.values()))
 
 
 def masked(params: Params, masks: Params) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from bmjax import prune, trace, trees
-from bmjax.types import Batch, TrainState
+from bmjax.types import Batch, Params, TrainState
 
 Item = TypeVar("Item")
 
@@ -142,7 +142,7 @@ class Meter:
         """What a line says of a state, on the device; it does not wait."""
         if self._silent:
             return {}
-        figures = probe(state.step, state.opt_state["model"], self._schedule)
+        figures = probe(state.step, state.opt_state["model"], state.params["model"], self._schedule)
         self._silent = not figures
         return figures
 
@@ -184,12 +184,13 @@ class Meter:
 
 
 @functools.partial(jax.jit, static_argnames="schedule")
-def probe(step: jax.Array, opt_state: Any, schedule: optax.Schedule | None) -> dict[str, jax.Array]:
+def probe(step: jax.Array, opt_state: Any, params: Params, schedule: optax.Schedule | None) -> dict[str, jax.Array]:
     """Scalars of a state: the learning rate of its last update, and how sparse the pruned arrays are.
 
     Args:
         step: updates done.
         opt_state: of the model's optimiser; pruning masks are found in it, if there are any.
+        params: of the model; packed masks take their shapes from them.
         schedule: step -> learning rate.
 
     Returns:
@@ -199,13 +200,13 @@ def probe(step: jax.Array, opt_state: Any, schedule: optax.Schedule | None) -> d
     figures = {}
     if schedule is not None:
         figures["learning_rate"] = jnp.asarray(schedule(jnp.maximum(step - 1, 0)), jnp.float32)
-    return figures | {f"sparsity/{path}": value for path, value in _sparsity(opt_state).items()}
+    return figures | {f"sparsity/{path}": value for path, value in _sparsity(opt_state, params).items()}
 
 
-def _sparsity(opt_state: Any) -> dict[str, jax.Array]:
+def _sparsity(opt_state: Any, params: Params) -> dict[str, jax.Array]:
     if not prune.prunes(opt_state):
         return {}
-    pruned = {path: mask for path, mask in trees.paths(prune.masks(opt_state)).items() if mask.ndim > 0}
+    pruned = {path: mask for path, mask in trees.paths(prune.masks(opt_state, params)).items() if mask.ndim > 0}
     figures = {path: _dropped(mask).sum() / mask.size for path, mask in pruned.items()}
     stacks = [mask for path, mask in pruned.items() if re.match(r"layers/(?!\d)", path) and mask.ndim > 2]
     if stacks:

@@ -1,0 +1,231 @@
+"""Pruning without training, on calibration data: layer by layer, each seeing what the pruned layers before it make.
+
+    found = prune.layerwise(model, params, batches, prune.sparsegpt(), n=2, m=4)
+
+A method is one function from a kernel and what enters it to a kernel and a mask. The layers come from the function's jaxpr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bmjax import trees
+from bmjax.prune import patterns, reconstruction, threshold
+from bmjax.prune.allocation import Allocation
+from bmjax.prune.outliers import by_outliers, owl_sparsities
+from bmjax.prune.reconstruction import Target
+from bmjax.trace import Inputs, Linear, Linears, linears
+from bmjax.types import Model, Params
+
+
+class Method(NamedTuple):
+    """How one layer is pruned.
+
+    Attributes:
+        apply: (kernel [in, out] float32, what enters it, target) -> (kernel, mask, a note or "").
+        check: raises ValueError for settings that do not go with a target.
+        name: for messages.
+    """
+
+    apply: Callable[[jax.Array, Inputs, Target], tuple[jax.Array, jax.Array, str]]
+    check: Callable[[Target], None] = lambda target: None
+    name: str = "this method"
+
+
+class LayerRow(NamedTuple):
+    """One linear layer that was pruned.
+
+    Attributes:
+        path: of the parameter.
+        layer: which of a stacked parameter, one number for each scan around it; () outside scans.
+        size: number of weights.
+        sparsity: fraction of them that was dropped.
+        error: |X (W - W')|^2 / |X W|^2 on the calibration data, X being what enters the layer when those before it are pruned.
+        note: what was out of the ordinary, or "".
+    """
+
+    path: str
+    layer: tuple[int, ...]
+    size: int
+    sparsity: float
+    error: float
+    note: str
+
+
+class Calibrated(NamedTuple):
+    """What `layerwise` returns.
+
+    Attributes:
+        params: pruned weights are exactly 0.
+        masks: tree like the parameters: bool arrays where weights are pruned, a scalar True elsewhere.
+        rows: a report of each layer, in the order of the forward pass.
+        left: {path: why}, of the parameters that were to be pruned and are no linear layer's kernel.
+    """
+
+    params: Params
+    masks: Params
+    rows: tuple[LayerRow, ...]
+    left: dict[str, str]
+
+
+def wanda() -> Method:
+    """The inputs with the smallest |W| ||x||, output by output; weights stay as they are. See `wanda_mask`."""
+
+    def apply(kernel: jax.Array, inputs: Inputs, target: Target) -> tuple[jax.Array, jax.Array, str]:
+        mask = reconstruction.wanda_mask(kernel, inputs.square_mean(), **target._asdict())
+        return jnp.where(mask, kernel, 0.0), mask, ""
+
+    return Method(apply, name="wanda")
+
+
+def sparsegpt(block: int = 128, damp: float = 0.01) -> Method:
+    """Pruned and made up for in the weights that are left, by the layer's Hessian. See `sparsegpt_update`."""
+
+    def apply(kernel: jax.Array, inputs: Inputs, target: Target) -> tuple[jax.Array, jax.Array, str]:
+        kernel, gram = _outputs_apart(kernel, inputs.gram())
+        new, mask, used = reconstruction.solve(kernel, gram, target, block, damp)
+        # The damping is rounded to float32 once, so only a retry is a larger one.
+        return new, mask, f"damping raised to {float(used):.2g}" if float(used) > 1.01 * damp else ""
+
+    return Method(apply, lambda target: reconstruction.check_settings(target, block, damp), "sparsegpt")
+
+
+def smallest() -> Method:
+    """The smallest weights of each layer: the baseline that sees no data."""
+
+    def apply(kernel: jax.Array, inputs: Inputs, target: Target) -> tuple[jax.Array, jax.Array, str]:
+        scores = jnp.abs(kernel)
+        if target.n is not None and target.m is not None:
+            mask = threshold.nm_mask(scores, target.n, target.m, axis=0)
+        else:
+            (mask,) = threshold.largest([scores], kernel.size - target.dropped(kernel.size))
+        return jnp.where(mask, kernel, 0.0), mask, ""
+
+    return Method(apply, name="smallest")
+
+
+def layerwise(
+    model: Model | Callable[[Params, Any], Any],
+    params: Params,
+    batches: Iterable[Any],
+    method: Method,
+    *,
+    sparsity: float | None = None,
+    n: int | None = None,
+    m: int | None = None,
+    where: str | None = None,
+    allocation: Allocation | None = None,
+    samples: int | None = 128,
+    state: Params = None,
+) -> Calibrated:
+    """Prunes the linear layers of a model on calibration data, one after the other; no training, no gradients.
+
+    The layers are found in the jaxpr, scans over layers and convolutions included. For every batch only what the rest of the
+    network needs is kept, and the second moments of one layer's input at a time. With batches and parameters on a mesh the
+    compiler sums moments over devices. Positions of weight 0 in the batch do not count. Batch statistics in `state` are not
+    made anew.
+
+    Args:
+        model: a `Model`, or any function (params, batch) -> outputs.
+        params: of the model; they are left as they are. Any tree of arrays, on any mesh.
+        batches: of equal shapes; for a `Model` mappings with "inputs" [B, ...].
+        method: `wanda()`, `sparsegpt()`, `smallest()`, or one of your own.
+        sparsity: fraction of each layer to drop, in [0, 1).
+        n, m: instead of a sparsity: of each m neighbouring inputs of an output n stay.
+        where: regex of the parameters to prune; without one the rule is `patterns.left_out`, as for `sparsify`.
+        allocation: `owl()`, by blocks of layers; or `uniform()`, as without one.
+        samples: examples to use; batches are read until there are as many. None for all.
+        state: the model's state, such as batch statistics.
+
+    Raises:
+        ValueError: before any layer is pruned: no data, or batches of several shapes; both or neither of a sparsity and n:m, or
+            one out of range; no linear layer among the chosen parameters; m does not divide a layer's inputs. Later: what enters
+            a layer is not finite.
+    """
+    target = Target(sparsity, n, m)
+    _check(target, method, allocation, samples)
+    paths = patterns.chosen(params, where)
+    data = _read(batches, samples)
+    fn = model if callable(model) else lambda params, batch: model.apply(params, state or {}, batch)[0].logits
+    found = linears(fn, params, data[0], paths)
+    pruned = {layer.path for layer in found.layers}
+    left = {path: found.left.get(path, "the function does not use it") for path in paths if path not in pruned}
+    if not found.layers:
+        raise ValueError(f"there is no linear layer to prune: {'; '.join(f'{path}: {why}' for path, why in left.items())}")
+    for layer in found.layers:
+        target.check_inputs(layer.inputs, layer.name)
+    targets = [target] * len(found.layers)
+    if allocation is not None and allocation.outliers is not None:
+        targets = by_outliers(found, params, data, target, allocation.outliers)
+    return _prune(found, params, data, method, iter(targets))._replace(left=left)
+
+
+def _check(target: Target, method: Method, allocation: Allocation | None, samples: int | None) -> None:
+    target.check()
+    method.check(target)
+    if samples is not None and samples < 1:
+        raise ValueError(f"samples={samples} is given; expected 1 or more examples, or None for all")
+    if allocation is None or allocation.name == "uniform":
+        return
+    if allocation.outliers is None:
+        raise ValueError(f"the allocation {allocation.name} is given; calibration takes owl(), uniform() or none")
+    if target.sparsity is None:
+        raise ValueError(f"owl spreads a sparsity, and {target.n}:{target.m} is the same everywhere; leave one of them out")
+    owl_sparsities([0.0], [1], target.sparsity, allocation.outliers.spread)
+
+
+def _read(batches: Iterable[Any], samples: int | None) -> list[Any]:
+    found: list[Any] = []
+    examples = 0
+    for batch in batches:
+        if samples is not None and examples >= samples:
+            break
+        first = batch["inputs"] if isinstance(batch, Mapping) and "inputs" in batch else jax.tree.leaves(batch)[0]
+        examples += first.shape[0]
+        found.append(batch)
+    if not found:
+        raise ValueError("there is no calibration data: the batches are empty; give some, 128 examples in the papers")
+    return found
+
+
+def _prune(found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target]) -> Calibrated:
+    leaves = trees.paths(params)
+    masks = {layer.path: _all_true(leaves[layer.path]) for layer in found.layers}
+    rows: list[LayerRow] = []
+
+    def visit(layer: Linear, kernel: jax.Array, inputs: Inputs) -> jax.Array:
+        new, mask, note = method.apply(kernel.astype(jnp.float32), inputs, next(targets))
+        new = new.astype(kernel.dtype)
+        error = inputs.relative_error(kernel, new)
+        if not np.isfinite(error):
+            raise ValueError(f"pruning {layer.name} by {method.name} gives numbers that are not finite: is what enters it?")
+        masks[layer.path] = layer.put(masks[layer.path], mask, donate=True)
+        dropped = 1.0 - int(jnp.count_nonzero(mask)) / mask.size
+        rows.append(LayerRow(layer.path, layer.at, mask.size, dropped, error, note))
+        return new
+
+    new = found.stream(params, data, visit)
+    tree = trees.map_with_path(lambda path, leaf: masks.get(path, jnp.asarray(True)), params)
+    return Calibrated(new, tree, tuple(rows), {})
+
+
+def _all_true(leaf: Any) -> jax.Array:
+    sharding = leaf.sharding if isinstance(getattr(leaf, "sharding", None), NamedSharding) else None
+    return jnp.ones(leaf.shape, bool, device=sharding)
+
+
+def _outputs_apart(kernel: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """On a mesh: outputs over all devices, since each is worked off by itself, and the moments on every one of them."""
+    sharding = kernel.sharding
+    if not isinstance(sharding, NamedSharding) or sharding.mesh.size == 1:
+        return kernel, gram
+    mesh = sharding.mesh
+    spread = PartitionSpec(None, mesh.axis_names) if kernel.shape[1] % mesh.size == 0 else PartitionSpec()
+    place = jax.jit(lambda *arrays: arrays, out_shardings=(NamedSharding(mesh, spread), NamedSharding(mesh, PartitionSpec())))
+    return place(kernel, gram)

@@ -1,0 +1,180 @@
+"""Masks that live in an optimiser's state, and the three ways to use them: dropped last, around an optimiser, or only remembered.
+
+Every method of this package is a `Masking`: a state to begin with and how it advances with each update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmjax import trees
+from bmjax.prune import packing
+from bmjax.prune.patterns import masked
+from bmjax.types import Params
+
+
+class SparsifyState(NamedTuple):
+    """Masks and what makes the next ones.
+
+    Attributes:
+        count: int32 scalar, updates so far.
+        masks: tree like the parameters: bool arrays where weights are pruned (or uint8, eight to a word, where packed), a scalar
+            True elsewhere.
+        keeps: {group name: bool [size] or [stack, size]}; empty for single weights.
+        nans: int32 scalar, NaN scores that the latest masks were made from. They rank lowest, so they are dropped first.
+        cuts: uint32, the latest thresholds, from which the next search starts.
+        statistics: what the criterion remembers of all steps.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as optax's states do
+    masks: Params
+    keeps: dict[str, jax.Array]
+    nans: jax.Array
+    cuts: jax.Array
+    statistics: Any
+
+
+class AroundState(NamedTuple):
+    """State of a wrapped optimiser: that of the optimiser inside, and the pruning's."""
+
+    inner: Any
+    pruning: SparsifyState
+
+
+class Masking(NamedTuple):
+    """A method that makes masks.
+
+    Attributes:
+        name: for messages.
+        init: params -> state before the first update.
+        advance: (gradients or updates, state, params) -> state after it.
+        gradients: True if it must see raw gradients.
+    """
+
+    name: str
+    init: Callable[[Params], SparsifyState]
+    advance: Callable[[Params, SparsifyState, Params], SparsifyState]
+    gradients: bool
+
+
+def blank(masks: Params, *, keeps: Any = None, thresholds: int = 0, statistics: Any = (), packed: bool = False) -> SparsifyState:
+    """The state before the first update."""
+    stored = jax.tree.map(packing.pack, masks) if packed else masks
+    zero = jnp.zeros((), jnp.int32)
+    return SparsifyState(zero, stored, keeps or {}, zero, jnp.zeros((thresholds,), jnp.uint32), statistics)
+
+
+def when(due: jax.Array, renew: Callable[[SparsifyState], SparsifyState], state: SparsifyState) -> SparsifyState:
+    """`renew(state)` if it is due, else the state.
+
+    A loop of one round or none, and no `cond`: under `vmap` a `cond` turns into a choice between both results, and every model
+    would rank its weights at every step, where a loop runs only while one of them is due.
+    """
+    carried = (due, state.masks, state.keeps, state.nans, state.cuts)
+
+    def body(carry: Any) -> Any:
+        _, *old = carry
+        new = renew(state._replace(masks=old[0], keeps=old[1], nans=old[2], cuts=old[3]))
+        return jnp.zeros_like(due), new.masks, new.keeps, new.nans, new.cuts
+
+    _, masks, keeps, nans, cuts = jax.lax.while_loop(lambda carry: carry[0], body, carried)
+    return state._replace(masks=masks, keeps=keeps, nans=nans, cuts=cuts)
+
+
+def due(step: jax.Array, begin: int, end: int | None, every: int) -> jax.Array:
+    """True at begin, every so many steps after it, and at the end."""
+    at = (step >= begin) & ((step - begin) % every == 0)
+    return at if end is None else (at & (step <= end)) | (step == end)
+
+
+def emit(masks: Params, updates: Params, params: Params) -> Params:
+    """Kept weights take their update; -param lands the others on zero exactly."""
+    return jax.tree.map(lambda mask, u, p: u if mask.ndim == 0 else jnp.where(mask, u, -p), masks, updates, params)
+
+
+def last(masking: Masking) -> optax.GradientTransformationExtraArgs:
+    """The masking as the last transform of a chain.
+
+    Raises:
+        ValueError: the masking needs raw gradients.
+    """
+    if masking.gradients:
+        raise ValueError(
+            f"{masking.name} needs raw gradients, which the last transform of a chain does not see; "
+            "wrap the optimiser: around(optimizer, ...)"
+        )
+
+    def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
+        _check_call("sparsify", params, params)
+        state = masking.advance(updates, state, params)
+        return emit(packing.unpacked(state.masks, params), updates, params), state
+
+    return optax.GradientTransformationExtraArgs(masking.init, update)
+
+
+def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
+    """The masking as a transform that changes no update: a param view shows the forward pass what its masks keep.
+
+    It sees raw gradients if it comes first in a chain.
+    """
+
+    def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
+        _check_call("straight_through", params, params)
+        return updates, masking.advance(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(masking.init, update)
+
+
+def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.GradientTransformationExtraArgs:
+    """The masking around a whole optimiser, which works on kept weights only: see `around`."""
+    wrapped = optax.with_extra_args_support(optimizer)
+
+    def init(params: Params) -> AroundState:
+        return AroundState(wrapped.init(params), masking.init(params))
+
+    def update(gradients: Params, state: AroundState, params: Params = None, **extra: Any) -> tuple[Params, AroundState]:
+        _check_call("around", params, (gradients, params))
+        seen = masked(gradients, packing.unpacked(state.pruning.masks, params))
+        updates, inner = wrapped.update(seen, state.inner, params, **extra)
+        pruning = masking.advance(gradients, state.pruning, params)
+        masks = packing.unpacked(pruning.masks, params)
+        return emit(masks, updates, params), AroundState(_zero_dropped(inner, masks, params), pruning)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_call(name: str, params: Params | None, seen: Any) -> None:
+    """Raises ValueError without parameters, or where devices may hold different ones: then each would make its own masks."""
+    if params is None:
+        raise ValueError(f"{name} needs the parameters: call update(updates, state, params)")
+    for path, leaf in trees.paths(seen).items():
+        kind: Any = jax.typeof(leaf)
+        varying = kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else getattr(kind, "vma", ())
+        if varying:
+            raise ValueError(
+                f"{name} was given {path}, which differs between the devices along {', '.join(sorted(varying))}, so each would "
+                "make its own masks; aggregate gradients first (jax.lax.pmean), and update outside of shard_map"
+            )
+
+
+def _zero_dropped(inner: Any, masks: Params, params: Params) -> Any:
+    """Zeros every leaf of an optimiser's state that holds one number a weight, where the weight is dropped.
+
+    Such a leaf is known by its place and not by its class: its path ends in the parameter's and it has its shape.
+    """
+    # Longest path first: "b/kernel" must not take what belongs to "a/b/kernel".
+    known = sorted(trees.paths(masks).items(), key=lambda item: -len(item[0]))
+    shapes = {path: leaf.shape for path, leaf in trees.paths(params).items()}
+
+    def zeroed(path: str, leaf: Any) -> Any:
+        for param_path, mask in known:
+            if (path == param_path or path.endswith("/" + param_path)) and jnp.shape(leaf) == shapes[param_path]:
+                return leaf if mask.ndim == 0 else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+        return leaf
+
+    return trees.map_with_path(zeroed, inner)

@@ -1,0 +1,131 @@
+"""What an optimiser's state says of its pruning: masks, what stays of groups, a report."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmjax import trees
+from bmjax.prune import packing
+from bmjax.prune.masking import SparsifyState
+from bmjax.prune.patterns import left_out
+from bmjax.types import Params
+
+
+def prunes(opt_state: Any) -> bool:
+    """Whether an optimiser's state, real or abstract, holds masks."""
+    return bool(_found(opt_state))
+
+
+def _found(opt_state: Any) -> list[SparsifyState]:
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, SparsifyState))
+    return [leaf for leaf in leaves if isinstance(leaf, SparsifyState)]
+
+
+def _states(opt_state: Any) -> list[SparsifyState]:
+    found = _found(opt_state)
+    if not found:
+        raise ValueError("the optimiser's state holds no masks; build the optimiser with sparsify(...) or around(...)")
+    return found
+
+
+def masks(opt_state: Any, params: Params | None = None) -> Params:
+    """The masks in an optimiser's state, however deep it is nested.
+
+    Args:
+        opt_state: of any optimiser with pruning in it.
+        params: the parameters, arrays or ShapeDtypeStructs; needed where masks are packed.
+
+    Returns:
+        A tree like the parameters: bool arrays where weights are pruned, a scalar True elsewhere. If the state holds several
+        (`optax.partition`, two `sparsify`), a weight stays where all of them keep it.
+
+    Raises:
+        ValueError: the state holds none, or packed ones and no parameters are given.
+    """
+
+    def plain(state: SparsifyState) -> Params:
+        if params is not None:
+            return packing.unpacked(state.masks, params)
+        if any(leaf.dtype != jnp.bool_ for leaf in jax.tree.leaves(state.masks)):
+            raise ValueError("the masks are packed, eight weights to a word; give the parameters too: masks(opt_state, params)")
+        return state.masks
+
+    def absent(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def both(a: Any, b: Any) -> Any:
+        return b if absent(a) else a if absent(b) else a & b
+
+    first, *others = [plain(state) for state in _states(opt_state)]
+    for other in others:
+        first = jax.tree.map(both, first, other, is_leaf=absent)
+    return first
+
+
+def keeps(opt_state: Any) -> dict[str, jax.Array]:
+    """The elements that stay, {group name: bool [size] or [stack, size]}, from an optimiser's state however deep.
+
+    Raises:
+        ValueError: the state holds none, because single weights are pruned or nothing is.
+    """
+    found: dict[str, jax.Array] = {}
+    for state in _states(opt_state):
+        for name, keep in state.keeps.items():
+            found[name] = found[name] & keep if name in found else keep
+    if not found:
+        raise ValueError("the optimiser's state holds masks of single weights and no groups; use pattern=groups(...)")
+    return found
+
+
+class Row(NamedTuple):
+    """One parameter, or all of them, in a sparsity report.
+
+    Attributes:
+        path: of the parameter.
+        size: number of weights.
+        zeros: how many are zero, pruned or not.
+        sparsity: zeros / size.
+        note: "pruned", or why it is left out.
+    """
+
+    path: str
+    size: int
+    zeros: int
+    sparsity: float
+    note: str
+
+
+class Report(NamedTuple):
+    """What `sparsity_report` returns.
+
+    Attributes:
+        rows: one for each parameter, in the tree's order.
+        total: all parameters together.
+        nans: NaN scores that the latest masks were made from; other than 0 it means that training has diverged.
+    """
+
+    rows: tuple[Row, ...]
+    total: Row
+    nans: int
+
+
+def sparsity_report(params: Params, opt_state: Any) -> Report:
+    """How much of each parameter is zero, and which are pruned at all. A mask alone makes nothing smaller or faster.
+
+    Raises:
+        ValueError: the state holds no masks.
+    """
+    found = trees.paths(masks(opt_state, params))
+    rows = []
+    for path, leaf in trees.paths(params).items():
+        zeros = leaf.size - int(jnp.count_nonzero(leaf))
+        pruned = path in found and found[path].ndim > 0
+        note = "pruned" if pruned else left_out(path, leaf.ndim) or "not selected"
+        rows.append(Row(path, leaf.size, zeros, zeros / max(leaf.size, 1), note))
+    size, zeros = sum(row.size for row in rows), sum(row.zeros for row in rows)
+    total = Row("total", size, zeros, zeros / max(size, 1), "")
+    return Report(tuple(rows), total, sum(int(state.nans) for state in _states(opt_state)))

@@ -1,0 +1,88 @@
+"""Straight-through masks: weights stay dense, and the forward pass sees zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmjax.prune import masking, plan
+from bmjax.prune.allocation import Allocation
+from bmjax.prune.criteria import Criterion
+from bmjax.prune.patterns import Pattern, Sparsity
+from bmjax.prune.report import masks
+from bmjax.prune.schedules import Schedule, periodic
+from bmjax.prune.transform import gradual
+from bmjax.types import Params
+
+
+class StraightThrough(NamedTuple):
+    """The two halves of a straight-through method.
+
+    Attributes:
+        tx: goes first into the optimiser's chain: it remembers the masks and changes no update.
+        view: (params, opt_state, step) -> what the forward pass sees, and what is exported.
+    """
+
+    tx: optax.GradientTransformationExtraArgs
+    view: Any
+
+
+def straight_through(
+    criterion: Criterion | None = None,
+    *,
+    sparsity: Sparsity | None = None,
+    pattern: Pattern | Mapping[str, Pattern] | None = None,
+    allocation: Allocation | None = None,
+    schedule: Schedule | None = None,
+    every: int = 10,
+    where: str | None = None,
+    stacked: str | None = None,
+    packed: bool = False,
+) -> StraightThrough:
+    """Trains dense weights through masks that follow them: what is hidden keeps learning and may come back.
+
+        st = prune.straight_through(sparsity=0.9)
+        tx = optax.chain(st.tx, optax.adamw(1e-3))
+        loss = lambda params: model(st.view(params, opt_state), batch)
+
+    The gradient of a hidden weight is that of the weight the forward pass saw in its place. Bengio et al. 2013, arXiv 1308.3432;
+    with n:m Zhou et al. 2021 (SR-STE, without its decay), arXiv 2102.04010; by magnitude with the top fraction Jayakumar et al.
+    2020 (Top-KAST, dense backward pass).
+
+    Args:
+        criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`.
+        schedule: `periodic()` if none: masks are made for ever. Under another they stay as they are after its end.
+        every: steps from one making of masks to the next.
+
+    Raises:
+        ValueError: as `sparsify`.
+    """
+    chosen = plan.make(
+        criterion,
+        sparsity=sparsity,
+        pattern=pattern,
+        allocation=allocation,
+        schedule=schedule or periodic(),
+        every=every,
+        where=where,
+        stacked=stacked,
+    )
+
+    def view(params: Params, opt_state: Any, step: Any = None) -> Any:
+        return jax.tree.map(lambda p, mask: p if mask.ndim == 0 else _shown(p, mask), params, masks(opt_state, params))
+
+    return StraightThrough(masking.remember(gradual(chosen, packed=packed, free=True)), view)
+
+
+@jax.custom_jvp
+def _shown(p: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask, p, jnp.zeros((), p.dtype))
+
+
+@_shown.defjvp
+def _shown_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+    return _shown(*primals), tangents[0]
