@@ -14,6 +14,7 @@ from bmjax.prune.reconstruction import sparsegpt_update, wanda_mask
 from bmjax.prune.report import Report, Row, keeps, masks, prunes, sparsity_report
 from bmjax.prune.schedules import Schedule, constant, cubic, iterative, linear, one_shot, periodic, polynomial
 from bmjax.prune.settings import Sparsity
+from bmjax.prune.sparse_training import ac_dc, rewind, rigl, sparse_evolution, static_sparse
 from bmjax.prune.straight import StraightThrough, straight_through
 from bmjax.prune.threshold import block_mask, kth_largest, nm_mask, topk_mask
 from bmjax.prune.transform import around, sparsify
@@ -33,6 +34,7 @@ __all__ = [
     "SparsifyState",
     "Sparsity",
     "StraightThrough",
+    "ac_dc",
     "around",
     "block",
     "block_mask",
@@ -64,12 +66,16 @@ __all__ = [
     "polynomial",
     "prunes",
     "random",
+    "rewind",
+    "rigl",
     "saliency",
     "smallest",
+    "sparse_evolution",
     "sparsegpt",
     "sparsegpt_update",
     "sparsify",
     "sparsity_report",
+    "static_sparse",
     "straight_through",
     "taylor",
     "topk_mask",

@@ -111,15 +111,17 @@ def random(seed: int = 0) -> Criterion:
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed of random pruning is {seed}; expected 0 to 2^32 - 1")
 
-    def draw(name: str, shape: tuple[int, ...]) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(np.uint32(seed)), np.uint32(zlib.crc32(name.encode())))
-        return jax.random.uniform(key, shape)
-
     return Criterion(
-        lambda seen: trees.map_with_path(lambda path, leaf: draw(path, leaf.shape), seen.params),
-        lambda groups, seen: {group.name: draw(group.name, keep.shape(group)) for group in groups},
+        lambda seen: trees.map_with_path(lambda path, leaf: draw(seed, path, leaf.shape), seen.params),
+        lambda groups, seen: {group.name: draw(seed, group.name, keep.shape(group)) for group in groups},
         name="random",
     )
+
+
+def draw(seed: int, name: str, shape: tuple[int, ...], step: Any = 0) -> jax.Array:
+    """Uniform float32 numbers that go by the seed, a name and a step: the same on any mesh."""
+    key = jax.random.fold_in(jax.random.key(np.uint32(seed)), np.uint32(zlib.crc32(name.encode())))
+    return jax.random.uniform(jax.random.fold_in(key, step), shape)
 
 
 def saliency(decay: float = 0.0) -> Criterion:
