@@ -75,4 +75,4 @@ def predict(workdir: pathlib.Path, ending: str) -> None:
 
 
 if __name__ == "__main__":
-    config.launch(main, presets=PRESETS, default="article", about=__doc__)
+    config.launch(main, presets=PRESETS, default="article", about=__doc__, short={"profile": "config.run.profile"})

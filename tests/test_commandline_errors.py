@@ -24,7 +24,7 @@ def launch(program, *arguments):
     configs.launch(module.main, presets=module.PRESETS, default=default, about=module.__doc__, argv=argv)
 
 
-class Started(Exception):  # noqa: N818 - it is no error
+class Started(BaseException):
     """Training would begin, and with it compiling."""
 
 

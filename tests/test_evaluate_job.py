@@ -1,5 +1,6 @@
 """An export and a checkpoint are scored as they were when they were made, and what does not fit gets one line."""
 
+import dataclasses
 import json
 import shutil
 
@@ -7,7 +8,8 @@ import numpy as np
 import pytest
 
 from bmjax import config as configs
-from bmjax import manifest
+from bmjax import data, manifest
+from bmjax.jobs.evaluate import _of_its_kind
 from experiments import evaluate, train
 
 
@@ -121,7 +123,10 @@ def test_figures_lie_where_they_belong(workdir):
     launch(f"--model={workdir / 'export'}")
     assert json.loads((workdir / "evaluation.json").read_text())["step"] is None
     launch(f"--model={workdir}")
-    assert json.loads((workdir / "evaluation.json").read_text())["step"] == 30
+    assert json.loads((workdir / "evaluation_checkpoint.json").read_text())["step"] == 30
+    launch(f"--model={workdir}", "--best", "--split=valid")
+    assert json.loads((workdir / "evaluation_checkpoint_best_valid.json").read_text())["split"] == "valid"
+    assert json.loads((workdir / "evaluation.json").read_text())["step"] is None
     manifest.verify(workdir / "export")
 
 
@@ -179,3 +184,12 @@ def test_a_model_of_the_users_own_is_evaluated_by_its_export(workdir, refused, t
     assert "came from a function, mine_config:examples, which evaluate cannot call; give a source by name" in refused(
         f"--model={copy}"
     )
+
+
+def test_what_was_recorded_of_another_kind_of_source_is_forgotten():
+    recorded = data.Data(source="images:cats", size=16, on_error="skip", batch=32)
+    about = {"data_config": configs.to_dict(recorded)}
+    given = dataclasses.replace(recorded, source="digits", limit=100)
+    assert _of_its_kind(given, about) == data.Data(source="digits", limit=100, batch=32)
+    same = dataclasses.replace(recorded, source="images:dogs")
+    assert _of_its_kind(same, about) == same

@@ -51,7 +51,7 @@ def test_adamw_decays_kernels_and_nothing_else():
 
 @pytest.mark.parametrize("name", ["adam", "sgd"])
 def test_the_other_rules_do_not_decay(name):
-    found = update(Optimizer(name, 0.1, warmup=0.0, weight_decay=0.5), PARAMS, ZEROS)
+    found = update(Optimizer(name, 0.1, warmup=0.0), PARAMS, ZEROS)
     jax.tree.map(lambda u: np.testing.assert_array_equal(u, 0), found)
 
 
@@ -304,3 +304,15 @@ def test_a_value_out_of_range_is_refused(wrong):
     config.validate(Optimizer())
     with pytest.raises(ValueError, match=r"regular expression" if "(" in str(wrong) else next(iter(wrong))):
         config.validate(Optimizer(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "words"),
+    [
+        ("adam", {"weight_decay": 0.1}, "weight_decay is 0.1, and the rule adam has none; leave it out, or take adamw"),
+        ("adamw", {"momentum": 0.5}, "momentum is 0.5, and the rule adamw has none; leave it out, or take sgd"),
+    ],
+)
+def test_a_setting_that_the_rule_does_not_have_is_refused(name, setting, words):
+    with pytest.raises(ValueError, match=words):
+        Optimizer(name, 0.1, **setting).build(10)

@@ -135,13 +135,54 @@ def test_data_that_change_between_two_runs_of_a_workdir_are_refused(folder, caps
         ("def get_config():", "def get_config():\n    {}['x']", KeyError),
     ],
 )
-def test_her_errors_keep_their_traceback(folder, find, instead, error):
+def test_she_sees_her_part_of_the_traceback_and_no_more(folder, capsys, find, instead, error):
     assert find in MINE
     (folder / "mine.py").write_text(MINE.replace(find, instead))
-    with pytest.raises(error) as raised:
+    with pytest.raises(SystemExit) as end:
         launch(folder)
-    assert raised.traceback[-1].path.name == "mine.py"
+    assert end.value.code == 1
+    shown = capsys.readouterr().err
+    assert {line.split('"')[1] for line in shown.splitlines() if line.startswith("  File")} == {str(folder / "mine.py")}
+    assert f"\n{error.__name__}: " in shown
     assert not (folder / "run" / "config.json").exists()
+    with pytest.raises(error) as raised:
+        launch(folder, "--debug")
+    assert raised.traceback[-1].path.name == "mine.py"
+
+
+@pytest.mark.parametrize(
+    ("find", "instead", "words"),
+    [
+        (
+            "Machine(tensorboard=False)",
+            "Machine(tensorbord=False)",
+            "Machine has no field 'tensorbord'; the nearest is 'tensorboard'",
+        ),
+        ("return Config(", "return Config(modle=1,", "Config has no field 'modle'; the nearest is 'model'"),
+    ],
+)
+def test_a_misspelt_field_in_her_file_gets_the_nearest(folder, capsys, find, instead, words):
+    (folder / "mine.py").write_text(MINE.replace(find, instead))
+    said = refusal(folder, capsys)
+    assert words in said
+    line = next(i for i, text in enumerate(MINE.replace(find, instead).splitlines(), 1) if "return Config(" in text)
+    assert f"mine.py:{line}" in said or f"mine.py:{line + 1}" in said
+
+
+def test_a_misspelt_attribute_in_her_file_gets_the_nearest(folder, capsys):
+    after = "\n\nmade = get_config\n\n\ndef get_config():\n    config = made()\n    config.run.stepps = 3\n    return config\n"
+    (folder / "mine.py").write_text(MINE + after)
+    assert "sets 'stepps' of a Run, which has no such field; the nearest is 'steps'" in refusal(folder, capsys)
+
+
+def test_profile_has_a_short_flag(folder, capsys):
+    argv = ["train", f"--config={folder / 'mine.py'}", f"--workdir={folder / 'run'}", "--profile=9:12"]
+    with pytest.raises(SystemExit) as end:
+        configs.launch(
+            train.main, presets=train.PRESETS, default="article", about="", argv=argv, short={"profile": "config.run.profile"}
+        )
+    assert end.value.code == 2
+    assert "profile is '9:12', but the run has 4 steps" in capsys.readouterr().err
 
 
 def test_a_config_of_another_experiment_is_refused(folder, capsys):

@@ -7,7 +7,7 @@ import pathlib
 import shlex
 import sys
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from absl import flags, logging
@@ -16,6 +16,7 @@ from bmjax.config import flagged
 from bmjax.config.load import described, load
 from bmjax.config.record import describe, describe_groups
 from bmjax.config.schema import freeze, validate
+from bmjax.config.tracebacks import of_user
 
 _OURS = ("bmjax", "experiments")  # a ValueError raised in these packages is a message to the user
 
@@ -26,37 +27,47 @@ def launch(
     presets: pathlib.Path,
     default: str,
     about: str,
+    short: Mapping[str, str] | None = None,
     argv: Sequence[str] | None = None,
 ) -> None:
     """Parses the command line, then calls `main(frozen config, workdir, command)`.
 
-    Exits with 2 and one line on stderr after a mistake of the user's, with 130 after Ctrl-C. An exception from code outside
-    bmjax and experiments keeps its traceback; `--debug` keeps all.
+    Exits with 2 and one line on stderr after a mistake of the user's, with 130 after Ctrl-C. An exception in a function of the
+    user's exits with 1 and the part of the traceback that lies in her files; `--debug` keeps all.
 
     Args:
         main: the experiment.
         presets: folder of <name>.py files, each with `get_config()` that returns a dataclass.
         default: name of the preset used without `--config`.
         about: what the experiment does, for `--help`.
+        short: {flag: the field that it stands for}, {"profile": "config.run.profile"}.
         argv: program and arguments; `sys.argv` if not given.
     """
 
-    def run(arguments: list[str], chosen: flags.FlagValues) -> None:
+    def run(given: list[str], chosen: flags.FlagValues) -> None:
+        arguments = [_long(argument, short or {}) for argument in given]
         config = load(chosen.config, presets)
         _check_kind(chosen.config, config, main)
         if chosen.help:
             flagged.choose_groups(config, arguments, "config")
             there = described(presets)
             width = max(map(len, there), default=0)
-            names = ["", "Presets:", *(f"  {name.ljust(width)}  {line}" for name, line in there.items())]
+            stands = [f"  --{name}=... is --{path}=..." for name, path in (short or {}).items()]
+            names = [*stands, "", "Presets:", *(f"  {name.ljust(width)}  {line}" for name, line in there.items())]
             print(_help(about, _preset_flags(default), names, config, "config", f"Fields of {chosen.config}"))
             return
         flagged.override(config, arguments, _preset_flags(default))
         validate(config)
         workdir = pathlib.Path(chosen.workdir or f"runs/{pathlib.Path(chosen.config).stem}").expanduser()
-        main(freeze(config), workdir, command(arguments))
+        main(freeze(config), workdir, command(given))
 
     _guarded(run, _preset_flags(default), argv)
+
+
+def _long(argument: str, short: Mapping[str, str]) -> str:
+    """`--profile=1:2` as `--config.run.profile=1:2`."""
+    name, equals, value = argument.removeprefix("--").partition("=")
+    return f"--{short[name]}={value}" if argument.startswith("--") and equals and name in short else argument
 
 
 def _check_kind(name: str, config: Any, main: Callable[..., object]) -> None:
@@ -156,11 +167,14 @@ def _guarded(run: Callable[[list[str], flags.FlagValues], None], common: flags.F
         run(arguments, chosen)
     except KeyboardInterrupt:
         sys.exit(130)
-    except ValueError as error:
-        if debug or not _is_ours(error):
+    except Exception as error:
+        if not debug and isinstance(error, ValueError) and _is_ours(error):
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        if debug or not (shown := of_user(error)):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        print(shown, file=sys.stderr)
+        sys.exit(1)
 
 
 def _help(about: str, common: flags.FlagValues, names: list[str], config: Any, root: str, title: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bmjax.config.schema import is_config, nearest, rebuild
+from bmjax.config.tracebacks import misspelt
 
 _PACKAGE = pathlib.Path(__file__).parents[1]
 
@@ -44,16 +45,36 @@ def load(name: str, presets: pathlib.Path) -> Any:
     spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # the path ends in .py, so there is a loader
     sys.modules[module_name] = module  # dataclasses look their annotations up here
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    if not callable(getattr(module, "get_config", None)):
-        raise ValueError(f"{path} has no function get_config()")
-    config = module.get_config()
+    try:
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        if not callable(getattr(module, "get_config", None)):
+            raise ValueError(f"{path} has no function get_config()")
+        config = module.get_config()
+    except TypeError as error:
+        if message := misspelt(error):
+            raise ValueError(message) from None
+        raise
     if not is_config(config):
         raise ValueError(f"get_config() of {path} returned {type(config).__name__}; expected a dataclass instance")
+    _check_attributes(config, str(path))
     config = rebuild(config)  # an override of one field must not reach another that shares its instance
     if own and "code" in (entry.name for entry in dataclasses.fields(config)):
         config.code = hashes(path)
     return config
+
+
+def _check_attributes(config: Any, where: str) -> None:
+    """Raises ValueError for an attribute that was set beside the fields: a misspelt `config.optimizer.lerning_rate = 1`."""
+    names = [entry.name for entry in dataclasses.fields(config)]
+    for name in vars(config):
+        if name not in names:
+            kind = type(config).__name__
+            raise ValueError(
+                f"{where} sets {name!r} of a {kind}, which has no such field; the nearest is {nearest(name, names)!r}"
+            )
+    for child in (getattr(config, name) for name in names):
+        if is_config(child):
+            _check_attributes(child, where)
 
 
 def hashes(path: pathlib.Path) -> dict[str, str]:

@@ -17,7 +17,7 @@ from bmjax.jobs import architecture, common
 from bmjax.train import checkpoint
 from bmjax.train import run as runs
 
-RESULTS, CHECKPOINTS = "evaluation.json", "checkpoints"
+CHECKPOINTS = "checkpoints"
 _LAST = ("student", "model", "retrain", "big")  # which run of a job a workdir's name stands for, the first that is there
 
 
@@ -33,7 +33,7 @@ class Config:
     data: data.Data = field(data.Data(), "examples; as in training where nothing else is said")
     devices: int = field(0, "simulate so many CPU devices; 0 takes those that are there", check=at_least(0))
     mesh: str = field("data=-1", "workdir: sizes of data, fsdp and tensor; -1 takes what is left")
-    output: str = field("", f"JSON file for the figures; empty is {RESULTS} in the workdir, or beside the export")
+    output: str = field("", "JSON file for the figures; empty is evaluation*.json in the workdir, or beside the export")
 
     def validate(self) -> None:
         """Raises ValueError if there is no model, or if two checkpoints are asked for."""
@@ -66,6 +66,7 @@ def evaluate(config: Config, command: str) -> dict[str, Any]:
     """
     folder = pathlib.Path(config.model)
     about = _about(folder)
+    config = dataclasses.replace(config, data=_of_its_kind(config.data, about))
     _check_source(config, about)
     parallel.simulate(config.devices)
     dataset = data.load(config.data)
@@ -88,9 +89,32 @@ def evaluate(config: Config, command: str) -> dict[str, Any]:
 
 
 def output(config: Config) -> pathlib.Path:
-    """Where the figures go."""
+    """Where the figures go: a file for each thing that can be evaluated, so that none overwrites another."""
+    if config.output:
+        return pathlib.Path(config.output)
     folder = pathlib.Path(config.model)
-    return pathlib.Path(config.output) if config.output else (folder.parent if _is_export(folder) else folder) / RESULTS
+    if _is_export(folder):
+        parts, place = [folder.name] if folder.name != common.EXPORT else [], folder.parent
+    else:
+        checkpoint = "best" if config.best else "" if config.step is None else f"step{config.step}"
+        parts, place = ["checkpoint", config.run, checkpoint], folder
+    name = "_".join(["evaluation", *filter(None, parts), *([config.split] if config.split != "test" else [])])
+    return place / f"{name}.json"
+
+
+def _of_its_kind(given: data.Data, about: Mapping[str, Any]) -> data.Data:
+    """The data's settings without what was recorded of another kind of source, which this one has no use for."""
+    recorded = about.get("data_config")
+    if recorded is None or _kind(recorded.get("source")) == _kind(given.source):
+        return given
+    plain, old = data.Data(), configs.from_dict(dict(recorded), {"Data": data.Data})
+    names = [entry.name for entry in dataclasses.fields(data.Data) if entry.name not in ("source", "batch", "threads")]
+    fresh = {name: getattr(plain, name) for name in names if getattr(given, name) == getattr(old, name)}
+    return dataclasses.replace(given, **fresh)
+
+
+def _kind(source: Any) -> str:
+    return str(source).partition(":")[0]
 
 
 def _is_export(folder: pathlib.Path) -> bool:

@@ -47,11 +47,15 @@ class Optimizer:
     )
     end: float = field(0.0, "fraction of the peak reached after the last step; constant stays at the peak", check=within(0, 1))
     cooldown: float = field(0.2, "fraction of the steps in which wsd and rsqrt fall linearly to the end", check=within(0, 1))
-    weight_decay: float = field(
-        1e-4, f"decoupled decay of kernels ({', '.join(DECAYING)}); norms, biases and vectors are left out", check=at_least(0)
+    weight_decay: float | None = field(
+        None,
+        f"decoupled decay of kernels, not norms and vectors; none is 1e-4 for {', '.join(DECAYING)}, the only ones with it",
+        check=at_least(0),
     )
     no_decay: str = field("", "regex of more parameters to leave out of decay; all that are no kernels are left out anyway")
-    momentum: float = field(0.9, f"momentum of {', '.join(WITH_MOMENTUM)}", check=within(0, 1, open_high=True))
+    momentum: float | None = field(
+        None, f"none is 0.9 for {', '.join(WITH_MOMENTUM)}, the only ones with it", check=within(0, 1, open_high=True)
+    )
     nesterov: bool = field(False, f"Nesterov's momentum for {', '.join(WITH_MOMENTUM)}")
     b1: float = field(0.9, "decay of the first moment (adam and its kin, lion)", check=within(0, 1, open_high=True))
     b2: float | None = field(
@@ -69,8 +73,13 @@ class Optimizer:
     def validate(self) -> None:
         """Raises ValueError on a regex that is none, or on a setting that the rule does not have."""
         _compiled(self.no_decay)
-        if self.nesterov and (self.name not in WITH_MOMENTUM or not self.momentum):
-            raise ValueError(f"nesterov needs momentum, and {self.name} with momentum {self.momentum:g} has none to look ahead")
+        for what, value, rules in (("weight_decay", self.weight_decay, DECAYING), ("momentum", self.momentum, WITH_MOMENTUM)):
+            if value and self.name not in rules and self.custom is None:
+                raise ValueError(
+                    f"{what} is {value:g}, and the rule {self.name} has none; leave it out, or take {', '.join(rules)}"
+                )
+        if self.nesterov and (self.name not in WITH_MOMENTUM or not self._momentum):
+            raise ValueError(f"nesterov needs momentum, and {self.name} with momentum {self._momentum:g} has none to look ahead")
 
     def schedule(self, steps: int) -> optax.Schedule:
         """step -> learning rate over `steps` updates; exactly `end` of the peak at step `steps`."""
@@ -120,9 +129,9 @@ class Optimizer:
         return found
 
     def _rule(self, rate: optax.Schedule) -> optax.GradientTransformation:
-        decay, mask = self.weight_decay, self._decays
+        decay, mask = 1e-4 if self.weight_decay is None else self.weight_decay, self._decays
         betas = {"b1": self.b1, "b2": self._b2}
-        momentum: dict[str, Any] = {"momentum": self.momentum or None, "nesterov": self.nesterov}
+        momentum: dict[str, Any] = {"momentum": self._momentum or None, "nesterov": self.nesterov}
         own: optax.GradientTransformation = {
             "adamw": lambda: optax.adamw(rate, **betas, weight_decay=decay, mask=mask),
             "adam": lambda: optax.adam(rate, **betas),
@@ -144,6 +153,12 @@ class Optimizer:
         return optax.contrib.muon(
             rate, adam_b1=self.b1, adam_b2=self._b2, muon_weight_dimension_numbers=matrices, consistent_rms=0.2
         )
+
+    @property
+    def _momentum(self) -> float:
+        if self.momentum is not None:
+            return self.momentum
+        return 0.9 if self.name in WITH_MOMENTUM else 0.0
 
     @property
     def _b2(self) -> float:
