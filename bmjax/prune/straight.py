@@ -55,7 +55,7 @@ def straight_through(
 
     Args:
         criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`.
-        schedule: `periodic()` if none: masks are made for ever. Under another they stay as they are after its end.
+        schedule: `periodic()` if none. Masks go on following the weights after its end, at its target.
         every: steps from one making of masks to the next.
 
     Raises:

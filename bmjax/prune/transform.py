@@ -52,6 +52,8 @@ def gradual(chosen: Plan, *, packed: bool = False, free: bool = False) -> Maskin
         state = state._replace(statistics=chosen.criterion.observe(seen))
         schedule = chosen.schedule
         now = masking.due(state.count, schedule.begin, schedule.end, chosen.every)
+        if free:  # weights that are still there are followed for ever
+            now |= masking.due(state.count, schedule.begin, None, chosen.every)
         new = masking.when(now, lambda held: _renewed(chosen, held, seen, params, packed, free), state)
         return new._replace(count=optax.safe_increment(state.count))
 
