@@ -1,5 +1,6 @@
 import functools
 import os
+import re
 import subprocess
 import sys
 
@@ -211,6 +212,27 @@ def test_sums_and_means_over_the_shards():
     total, mean = fn(X)
     np.testing.assert_allclose(total, X.astype(np.float64).sum(0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mean["m"], X.astype(np.float64).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_small_arrays_of_one_dtype_are_summed_as_one_vector():
+    rng = np.random.default_rng(1)
+    tree = {
+        "w": rng.normal(size=(8, 3, 5)).astype(np.float32),
+        "b": rng.normal(size=(8, 5)).astype(np.float32),
+        "n": rng.integers(0, 9, (8, 2)).astype(np.int32),
+        "half": jnp.asarray(rng.normal(size=(8, 4)), jnp.bfloat16),
+        "big": rng.normal(size=(8, 256, 256)).astype(np.float32),
+        "none": np.zeros((8, 0), np.float32),
+    }
+    fn = over_data(lambda t: collectives.psum(jax.tree.map(lambda x: x.sum(0), t)), P("data"), P())
+    for name, found in fn(tree).items():
+        assert found.dtype == tree[name].dtype
+        wanted = np.asarray(tree[name], np.float64).sum(0)
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, rtol=1e-2 if name == "half" else 1e-5, atol=1e-5)
+    compiled = fn.lower(tree).compile().as_text()
+    assert "f32[65536]" not in compiled, "the big one is not copied"
+    operands = "".join(re.findall(r" all-reduce\(([^)]*)\)", compiled))
+    assert operands.count("%") == 3  # floats, whole numbers, the big one
 
 
 def test_what_every_shard_holds_is_summed_once_for_each():

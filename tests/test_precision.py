@@ -123,7 +123,7 @@ def test_gradients_are_summed_over_data_in_float32(place):
     if place[1] == "replicated":
         lines = step.lower(state, partner, batch).compile().as_text().splitlines()
         exchanged = [line for line in lines if re.search(r" all-reduce(-start)?\(", line)]
-        assert len(exchanged) == 1 and "bf16" not in exchanged[0] and "f32[32,32]" in exchanged[0]
+        assert len(exchanged) == 1 and re.search(r"= f32\[\d+\]", exchanged[0])  # one vector of everything
 
 
 def test_batch_statistics_stay_float32():
