@@ -21,8 +21,8 @@ def main(settings: Config, rest: list[str], command: str) -> None:
     console = rich.console.Console()
     for shown in tables(results):
         console.print(shown)
-    if results["note"]:
-        console.print(results["note"])
+    for note in filter(None, (results["note"], results["bytes_note"])):
+        console.print(note, soft_wrap=True)
     console.print(f"figures: {output(settings).absolute()}", soft_wrap=True)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import pathlib
 import sys
 import zipfile
@@ -52,7 +53,9 @@ def verified_manifest(directory: pathlib.Path) -> dict[str, Any]:
         data, files = manifest["data"], manifest["files"]
         data["input"]["shape"], data["input"]["dtype"], data["classes"], files["model.jaxexport"], files["params.safetensors"]
     except FileNotFoundError:
-        raise ValueError(f"{directory} has no manifest.json; give the folder that an export wrote") from None
+        inner = directory / "export"
+        where = f"--model={inner}" if (inner / "manifest.json").is_file() else "the folder that an export wrote"
+        raise ValueError(f"{directory} has no manifest.json; give {where}") from None
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{directory / 'manifest.json'} is damaged, or not of an exported model; export again") from None
     for name, expected in files.items():
@@ -76,6 +79,13 @@ def load_model(directory: pathlib.Path) -> Callable[[np.ndarray], Any]:
     return lambda inputs: call(params, inputs)
 
 
+def output_shape(model: Callable[[np.ndarray], Any], inputs: np.ndarray) -> tuple[int, ...]:
+    """Shape of all predictions, [n, ...], without a compile."""
+    import jax
+
+    return tuple(jax.eval_shape(model, inputs).shape[:-1])
+
+
 def read_input(path: pathlib.Path, key: str) -> tuple[np.ndarray, np.ndarray | None]:
     """(inputs, targets or None) of an .npy or .npz file.
 
@@ -96,11 +106,12 @@ def read_input(path: pathlib.Path, key: str) -> tuple[np.ndarray, np.ndarray | N
     return arrays[key], arrays.get("targets")
 
 
-def check_inputs(inputs: np.ndarray, shape: list[int], dtype: str) -> np.ndarray:
+def check_inputs(inputs: np.ndarray, shape: list[int], dtype: str, vocabulary: int = 0) -> np.ndarray:
     """The inputs in the model's dtype.
 
     Raises:
-        ValueError: another shape or kind of number, no example, NaN or infinity, or whole numbers that the dtype cannot hold.
+        ValueError: another shape or kind of number, no example, NaN or infinity, whole numbers that the dtype cannot hold, or
+            token ids outside the vocabulary (0 if they are none).
     """
     expected = f"the model takes [n, {', '.join(map(str, shape))}] {dtype}"
     if list(inputs.shape[1:]) != shape or inputs.ndim == 0:
@@ -114,6 +125,11 @@ def check_inputs(inputs: np.ndarray, shape: list[int], dtype: str) -> np.ndarray
         limits = np.iinfo(dtype)
         if inputs.min() < limits.min or inputs.max() > limits.max:
             raise ValueError(f"the inputs lie between {inputs.min()} and {inputs.max()}, beyond what {dtype} holds")
+        if vocabulary and (inputs.min() < 0 or inputs.max() >= vocabulary):
+            raise ValueError(
+                f"the inputs hold ids from {inputs.min()} to {inputs.max()}, but the model's vocabulary is 0 to "
+                f"{vocabulary - 1}; encode the text as in training"
+            )
         return inputs.astype(dtype)
     with np.errstate(over="ignore"):
         inputs = inputs.astype(np.float32)
@@ -127,6 +143,15 @@ def _float_type(dtype: str) -> Any:
     import jax.numpy as jnp  # knows bfloat16, which numpy alone does not
 
     return jnp.dtype(dtype)
+
+
+def check_targets(targets: np.ndarray, shape: tuple[int, ...], classes: int, source: pathlib.Path) -> None:
+    """Raises ValueError if targets are no class of each prediction, whose shape is given."""
+    if targets.shape != shape:
+        raise ValueError(f"the targets in {source} have shape {list(targets.shape)}, expected {list(shape)}")
+    if targets.dtype.kind not in "iu" or targets.min() < 0 or targets.max() >= classes:
+        found = f"{targets.min()} to {targets.max()}" if targets.dtype.kind in "iuf" else str(targets.dtype)
+        raise ValueError(f"the targets in {source} are {found}; expected whole numbers, classes from 0 to {classes - 1}")
 
 
 def report(predictions: np.ndarray, confidence: np.ndarray, targets: np.ndarray | None, names: list[str]) -> list[str]:
@@ -165,13 +190,16 @@ def run() -> None:
         raise ValueError(f"--output={target} must end in .csv or .npz and lie in a folder that exists")
     data = verified_manifest(directory)
     inputs, targets = read_input(source, FLAGS.key)
-    inputs = check_inputs(inputs, data["input"]["shape"], data["input"]["dtype"])
-    logits = predict(load_model(directory), inputs, FLAGS.batch)
+    vocabulary = (data.get("metadata") or {}).get("vocabulary", 0)
+    inputs = check_inputs(inputs, data["input"]["shape"], data["input"]["dtype"], vocabulary)
+    model = load_model(directory)
+    shape = output_shape(model, inputs)
+    if targets is not None:
+        check_targets(targets, shape, data["classes"], source)
+    if target is not None and target.suffix == ".csv" and len(shape) > 1:
+        raise ValueError(f"each example has {math.prod(shape[1:])} predictions, which a .csv cannot hold; write an .npz")
+    logits = predict(model, inputs, FLAGS.batch)
     predictions = logits.argmax(axis=-1)
-    if targets is not None and targets.shape != predictions.shape:
-        raise ValueError(f"the targets in {source} have shape {list(targets.shape)}, expected {list(predictions.shape)}")
-    if target is not None and target.suffix == ".csv" and predictions.ndim > 1:
-        raise ValueError(f"each example has {predictions[0].size} predictions, which a .csv cannot hold; write an .npz")
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     confidence = 1 / shifted.sum(axis=-1)
     names = data.get("class_names") or [str(i) for i in range(data["classes"])]

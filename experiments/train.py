@@ -3,6 +3,11 @@
 Classes and tokens alike: --config.data.source chooses the data, --config.model=<kind> the architecture. A teacher is turned on by
 any flag below it: --config.teacher.pretrained=<export or workdir>. A config file of your own (--config=my_experiment.py) may hold
 functions: loss terms, transforms of the optimiser, param views, the model, the data.
+
+python -m experiments.train --config.run.steps=300 --config.run.optimizer.learning_rate=3e-3
+python -m experiments.train --config=lm --config.data.source=text:<folder> --config.model.layers=6 --workdir=runs/mine
+python -m experiments.train --config.teacher.pretrained=runs/big --config.model.hidden=32,16
+python -m experiments.train --config=lm --help=optimizer
 """
 
 import pathlib
@@ -24,6 +29,8 @@ def main(settings: Config, workdir: pathlib.Path, command: str) -> None:
     results = train(settings, workdir, command)
     console = rich.console.Console()
     console.print(table(results))
+    if results["bytes_note"]:
+        console.print(results["bytes_note"], soft_wrap=True)
     console.print(f"export: {(workdir / EXPORT).absolute()}", soft_wrap=True)
     if settings.predict:
         predict(workdir, "npz" if results["kind"] == "tokens" else "csv")
@@ -36,6 +43,8 @@ def table(results: dict[str, Any]) -> rich.table.Table:
         shown.add_row(name, *map(write, results["models"]))
     if results.get("bigram_bits") is not None:
         shown.add_row("a bigram's bits per token", *[f"{results['bigram_bits']:.4f}"] * len(results["models"]))
+    if results.get("bigram_bits_per_byte") is not None:
+        shown.add_row("a bigram's bits per byte", *[f"{results['bigram_bits_per_byte']:.4f}"] * len(results["models"]))
     return shown
 
 

@@ -263,21 +263,27 @@ def test_every_preset_reaches_its_training(program, preset, tmp_path):
     assert (tmp_path / "config.json").exists()
 
 
+@pytest.mark.parametrize("columns", [80, 130])
 @pytest.mark.parametrize(("program", "preset"), PRESETS)
-def test_help_prints_every_field(program, preset, capsys):
+def test_help_prints_every_field(program, preset, columns, capsys, monkeypatch):
+    """With its type, its default and what it is, in sections that are no wider than the terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
     launch(program, f"--config={preset}", "--help")
-    printed = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line.startswith("  --config.")}
+    out = capsys.readouterr().out
+    fields = out[out.index(f"Fields of {preset}") :]
     module, _ = PROGRAMS[program]
-    config = configs.load(preset, module.PRESETS)
-    fields = list(leaves(config))
-    assert set(printed) == {f"--{leaf.path}" for leaf in fields}
-    for leaf in fields:
-        line, words = printed[f"--{leaf.path}"], leaf.field.metadata["help"]
-        assert words
-        assert re.search(rf"  {re.escape(words)}( \(one of .*\))?$", line)
-        assert f" {kinds.type_name(leaf.type)} " in line
-        if isinstance(leaf.value, (int, float)) and not isinstance(leaf.value, bool):
-            assert f" {leaf.value} " in line
+    expected = list(leaves(configs.load(preset, module.PRESETS)))
+    assert sorted(re.findall(r"^  --(config\.[\w.]+)", fields, re.M)) == sorted(leaf.path for leaf in expected)
+    assert max(map(len, fields.splitlines())) <= columns
+    whole = " ".join(fields.split())
+    for leaf in expected:
+        assert leaf.field.metadata["help"]
+        value = leaf.value if isinstance(leaf.value, (int, float)) and not isinstance(leaf.value, bool) else None
+        shown = r".+?" if value is None else re.escape(str(value))
+        start = rf"--{re.escape(leaf.path)} {re.escape(kinds.short_name(leaf.type))} {shown} "
+        assert re.search(start + re.escape(leaf.field.metadata["help"]), whole), leaf.path
+    for heading in ("config.machine: devices and logs", "config.data: examples"):
+        assert f"\n\n{heading}\n  --" in fields
 
 
 def test_help_of_predict_prints_every_flag(capsys):
@@ -285,3 +291,98 @@ def test_help_of_predict_prints_every_flag(capsys):
     out = capsys.readouterr().out
     for name in ("model", "input", "key", "output", "batch"):
         assert re.search(rf"  --{name}  \((string|int), default: \w+\)\n      \S", out)
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_one_hot_targets_and_pickles_get_one_line(refused, tmp_path):
+    np.savez(tmp_path / "data.npz", inputs=np.ones((40, 5)), targets=np.eye(2)[np.arange(40) % 2])
+    said = refused("train", *TINY, f"--config.data.source=arrays:{tmp_path / 'data.npz'}")
+    assert said.endswith("targets have shape [40, 2]; expected [40], a class each; of one-hot rows take argmax(axis=1)")
+    (tmp_path / "data.npz").write_bytes(b"no archive")
+    assert refused("train", f"--config.data.source=arrays:{tmp_path / 'data.npz'}").endswith("an .npz file of plain arrays")
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_half_of_a_surrogate_pair_gets_one_line(refused, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "abc \\ud800"}\n')
+    said = refused("train", "--config=lm", f"--config.data.source=jsonl:{tmp_path / 'a.jsonl'}")
+    assert said == f"line 2 of {tmp_path / 'a.jsonl'} has half of a surrogate pair in 'text', which is no text; mend it"
+
+
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_config_file_with_wrong_syntax_gets_one_line(refused, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("import os\ndef get_config(:\n    pass\n")
+    assert refused("train", f"--config={path}") == f"{path}:2: invalid syntax: def get_config(:"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "c.model = lambda shape: None",
+            "config.model: the function get_config.<locals>.<lambda>(shape) cannot be called with (",
+        ),
+        ("c.transform = lambda tx: tx", "(tx) cannot be called with (optimiser, steps)"),
+        ("c.transform = [lambda tx, steps: tx, lambda: 0]", "config.transform: the function"),
+        ("c.views = [lambda params: params]", "(params) cannot be called with (params, opt_state, step)"),
+        ("c.terms = {'mine': (1.0, lambda batch: 0)}", "config.terms['mine']: the function"),
+        ("c.data.source = lambda path: None", "config.data.source: the function"),
+    ],
+)
+@pytest.mark.usefixtures("_nothing_runs")
+def test_a_function_of_other_arguments_gets_one_line(refused, tmp_path, line, words):
+    path = tmp_path / "mine.py"
+    path.write_text(f"from bmjax.jobs.train import Config\n\n\ndef get_config():\n    c = Config()\n    {line}\n    return c\n")
+    assert words in refused("train", f"--config={path}")
+
+
+def test_a_traceback_of_the_users_ends_with_her_error(tmp_path, capsys, monkeypatch):
+    """Without JAX's note on its own frames, of which none is shown."""
+    path = tmp_path / "mine.py"
+    body = "c.data.batch = 8\n    c.terms = {'mine': (1.0, lambda student, teacher, batch: batch['nothing'])}"
+    path.write_text(f"from bmjax.jobs.train import Config\n\n\ndef get_config():\n    c = Config()\n    {body}\n    return c\n")
+    monkeypatch.setattr(runs, "init_state", None)
+    with pytest.raises(SystemExit) as end:
+        launch("train", f"--config={path}", f"--workdir={tmp_path / 'run'}")
+    assert end.value.code == 1
+    last = capsys.readouterr().err.rstrip().splitlines()[-2:]
+    assert last == ["KeyError: 'nothing'", "This came from the loss term 'mine'."]
+
+
+def predicted(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        predict.main(["predict", *map(str, arguments)])
+    assert end.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("targets", "words"),
+    [
+        (np.zeros(3, int), "have shape [3], expected [4]"),
+        (np.array([0, 1, 2, 3]), "are 0 to 3; expected whole numbers, classes from 0 to 2"),
+        (np.array([0.0, 1, 2, 1]), "are 0.0 to 2.0; expected whole numbers"),
+        (np.array(list("abca")), "are <U1; expected whole numbers"),
+    ],
+)
+def test_targets_that_do_not_fit_are_seen_before_a_prediction(trained, tmp_path, capsys, monkeypatch, targets, words):
+    np.savez(tmp_path / "x.npz", inputs=np.ones((4, 5), np.float32), targets=targets)
+    monkeypatch.setattr(predict, "predict", None)
+    assert words in predicted(capsys, f"--model={trained / 'export'}", f"--input={tmp_path / 'x.npz'}")
+
+
+def test_predict_points_to_the_export_of_a_workdir(trained, tmp_path, capsys):
+    np.save(tmp_path / "x.npy", np.ones((4, 5), np.float32))
+    said = predicted(capsys, f"--model={trained}", f"--input={tmp_path / 'x.npy'}")
+    assert f"{trained} has no manifest.json; give --model={trained / 'export'}" in said
+
+
+@pytest.mark.parametrize("wrong", [-1, 7])
+def test_ids_outside_the_vocabulary_are_no_prediction(wrong):
+    inputs = np.array([[0, 6], [wrong, 3]])
+    with pytest.raises(ValueError, match=rf"ids from {min(0, wrong)} to {max(6, wrong)}, but the model's vocabulary is 0 to 6"):
+        predict.check_inputs(inputs, [2], "int32", 7)
+    assert predict.check_inputs(inputs[:1], [2], "int32", 7).dtype == np.int32

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from bmjax import config as configs
-from bmjax import data, deploy
+from bmjax import data, deploy, prune
 from bmjax.data.dataset import stratified
 from bmjax.distill import Distill
 from bmjax.jobs import common
@@ -49,7 +49,7 @@ def run(steps, rate=0.01):
     return Run(steps=steps, optimizer=Optimizer(learning_rate=rate), every=loop.Every(log=10, evaluate=0, save=0))
 
 
-def config(source, model=RESIDUAL, *, mesh=MESH, ratios=(3.0,), max_drop=0.1, prune=None, **changes):
+def config(source, model=RESIDUAL, *, mesh=MESH, ratios=(3.0,), max_drop=0.1, pruned=None, **changes):
     found = jobs.Config(
         title="three blobs",
         machine=common.Machine(mesh=mesh, tensorboard=False),
@@ -57,7 +57,7 @@ def config(source, model=RESIDUAL, *, mesh=MESH, ratios=(3.0,), max_drop=0.1, pr
         model=model,
         distill=Distill(share=0.5),
         big=run(BIG_STEPS, 0.03),
-        prune=Pruning(ratios=ratios, run=prune or run(PRUNE_STEPS), interval=7),
+        prune=Pruning(ratios=ratios, run=pruned or run(PRUNE_STEPS), interval=7),
         retrain=run(RETRAIN_STEPS),
         budget=jobs.Budget(max_drop=max_drop),
         latency=jobs.Latency(batch=64, repeats=5),
@@ -158,6 +158,19 @@ def test_the_report_shows_the_results(finished):
     assert json.loads((workdir / jobs.RESULTS).read_text()) == json.loads(json.dumps(results))
 
 
+def test_the_sensitivity_is_measured_saved_and_shown(finished):
+    workdir, results = finished
+    curves = results["sensitivity"]
+    assert curves["names"] == ["layers", "neurons", "neurons/0", "neurons/1"]
+    assert curves["units"] == [2, 16, 16, 16]
+    assert curves["dense"] == results["candidates"][0]["valid_accuracy"] + results["candidates"][0]["valid_drop"]
+    assert [line[-1] for line in curves["sparsities"]] == [1 / 2, *[15 / 16] * 3]  # one element is left
+    assert prune.Sensitivity.load(workdir / "sensitivity.json").as_dict() == curves
+    page = (workdir / jobs.REPORT).read_text()
+    assert page.count(": accuracy, % against sparsity") == 2  # layers, neurons
+    assert page.index("What was removed") < page.index("How much each part matters") < page.index("Sizes that were tried")
+
+
 def test_a_finished_job_is_shown_again(finished, source, monkeypatch):
     workdir, results = finished
     monkeypatch.setattr(loop, "fit", None)
@@ -190,6 +203,7 @@ def test_a_job_that_was_killed_goes_on(finished, source, tmp_path, monkeypatch):
     assert not (tmp_path / jobs.RESULTS).exists()
 
     killed_at = ""
+    monkeypatch.setattr(prune, "analyse", None)  # its curves were saved
     results = jobs.compress(config(source(False)), tmp_path, "the command")
     assert trained == ["big", "prune 3x", "retrain", "from scratch", "without teacher"]
     assert lasting(results) == lasting(finished[1])
@@ -248,6 +262,23 @@ def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
     assert [params[f"hidden_{i}/kernel"].shape for i in range(2)] == [(16, a), (a, b)]
     assert models["small"]["metrics"]["accuracy"] == pytest.approx(shipped_accuracy(tmp_path))
     assert (tmp_path / jobs.REPORT).exists()
+    check_curve(results["sensitivity"], export, data.load(settings.data).valid.take(slice(None)))
+
+
+def check_curve(curves, export, valid):
+    """The curve of the first hidden layer, against NumPy with the exported parameters."""
+    known = {name: leaf.astype(np.float64) for name, leaf in load_file(export / "params.safetensors").items()}
+    norms = sum((known[name] ** 2).sum(axis) for name, axis in (("hidden_0/kernel", 0), ("hidden_1/kernel", 1)))
+    order = np.argsort(norms + known["hidden_0/bias"] ** 2)
+    at = curves["names"].index("hidden_0")
+    for sparsity, quality in zip(curves["sparsities"][at], curves["quality"][at]):
+        keep = np.ones(24)
+        keep[order[: round(24 * sparsity)]] = 0
+        x = np.maximum(valid["inputs"] @ known["hidden_0/kernel"] + known["hidden_0/bias"], 0) * keep
+        x = np.maximum(x @ known["hidden_1/kernel"] + known["hidden_1/bias"], 0)
+        right = np.argmax(x @ known["head/kernel"] + known["head/bias"], -1) == valid["targets"]
+        assert quality == pytest.approx(np.mean(right))
+    assert min(curves["quality"][at]) < curves["dense"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +293,7 @@ def test_when_nothing_passes_it_says_so(source, classifier, tmp_path, ratios, tr
         mesh="data=8",
         ratios=ratios,
         max_drop=0.001,
-        prune=run(3, 1e-6),  # one neuron a layer, and no time to learn: three classes cannot be told apart
+        pruned=run(3, 1e-6),  # one neuron a layer, and no time to learn: three classes cannot be told apart
         pretrained=str(export),
     )
     results = jobs.compress(settings, tmp_path, "c")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bmjax import config as cfg
-from bmjax.config import kinds
+from bmjax.config import help, kinds
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -156,6 +156,7 @@ def test_an_int_is_a_fine_float_and_none_skips_the_check():
         ("4", str | None, "4"),
         ("128,64,32", tuple[int, ...], (128, 64, 32)),
         ("(128, 64,)", tuple[int, ...], (128, 64)),
+        ("[128, 64]", tuple[int, ...], (128, 64)),
         ("", tuple[int, ...], ()),
         ("0.5,0.9", tuple[float, float], (0.5, 0.9)),
         ("layers=0.5,neurons=1", dict[str, float], {"layers": 0.5, "neurons": 1.0}),
@@ -175,6 +176,13 @@ def test_text_becomes_a_typed_value(text, kind, value):
 def test_text_of_another_type_is_refused(text, kind):
     with pytest.raises(ValueError, match="expected"):
         kinds.read(text, kind)
+
+
+def test_text_of_a_tuple_or_dict_is_refused_whole():
+    with pytest.raises(ValueError, match=r"expected a tuple, each item an int$"):
+        kinds.read("1,x", tuple[int, ...])
+    with pytest.raises(ValueError, match="expected each name once"):
+        kinds.read("a=1,a=2", dict[str, int])
 
 
 def test_frozen_refuses_assignment_and_can_be_replaced():
@@ -222,25 +230,46 @@ def test_fingerprint_is_the_same_in_another_process():
     assert cfg.fingerprint(Optimizer(learning_rate=1)) == cfg.fingerprint(Optimizer(learning_rate=1.0))
 
 
-def test_describe_has_a_line_for_every_field():
-    lines = cfg.describe(Run()).splitlines()
-    assert [line.split()[0] for line in lines] == [
-        "config.steps",
-        "config.widths",
-        "config.sparsity",
-        "config.shuffle",
-        "config.note",
-        "config.optimizer.learning_rate",
-        "config.optimizer.clip",
-        "config.optimizer.name",
-        "config.terms.0.weight",
-        "config.terms.1.weight",
-        "config.loss",
+def test_help_has_a_section_for_every_dataclass(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    assert help.sections(Run(), "config", cfg.leaves(Run())) == [
+        "  --config.steps     int              100         updates",
+        "  --config.widths    int,...          128,64,32   hidden widths",
+        "  --config.sparsity  name=float,...   layers=0.5  sparsity by group",
+        "  --config.shuffle   bool             true        shuffle the examples",
+        "  --config.note      str | none       none        free text",
+        "  --config.loss      function | none  none        a function of your own",
+        "",
+        "config.optimizer: the optimiser",
+        "  --config.optimizer.learning_rate  float         0.001  peak learning rate",
+        "  --config.optimizer.clip           float | none  none   largest gradient norm",
+        "  --config.optimizer.name           str           adamw  which optimiser (one of adamw, sgd)",
+        "",
+        "config.terms.0: loss terms",
+        "  --config.terms.0.weight  float  1.0  weight in the sum",
+        "",
+        "config.terms.1: loss terms",
+        "  --config.terms.1.weight  float  0.5  weight in the sum",
     ]
-    assert "128,64,32" in lines[1]
-    assert lines[1].endswith("hidden widths")
-    assert lines[7].endswith("which optimiser (one of adamw, sgd)")
-    assert len({line.index(help) for line, help in zip(lines, ("updates", "hidden", "sparsity by", "shuffle the"))}) == 1
+
+
+def test_help_is_wrapped_beside_the_columns_or_below_them(monkeypatch):
+    rows = [("--a", "int", "0", "some words that go on"), ("--b", "int", "x" * 30, "more of them")]
+    monkeypatch.setenv("COLUMNS", "60")
+    assert help.table([("--a", "int", "0", "word " * 12)])[1] == " " * 15 + "word word word"
+    assert help.table(rows) == ["  --a  int  0  some words that go on", f"  --b  int  {'x' * 30}", " " * 15 + "more of them"]
+    assert help.table([("--long" * 5, "int", "0", "some words")]) == [f"  {'--long' * 5}  int  0", "      some words"]
+
+
+def test_an_empty_value_and_an_empty_choice_can_be_seen(command):
+    @dataclasses.dataclass
+    class Metric:
+        name: str = cfg.field("", "what to sort by; empty is the first", choices=("", "a", "b"))
+
+    (line,) = help.sections(Metric(), "", cfg.leaves(Metric(), ""))
+    assert line == '  --name  str  ""  what to sort by; empty is the first (one of a, b)'
+    with pytest.raises(ValueError, match="name is 'c'; expected one of nothing, a, b"):
+        cfg.validate(Metric("c"), "")
 
 
 def test_workdir_of_another_config_is_refused(tmp_path):
@@ -291,10 +320,15 @@ def test_help_lists_flags_presets_and_fields(command):
         "Tries the command line.",
         "--workdir",
         "small   The small one.",
+        "Usage: python ",
+        "config.optimizer: the optimiser\n  --config.optimizer.learning_rate  float",
         "--config.optimizer.learning_rate",
         "peak learning rate",
     ):
         assert part in done.stdout
+    some = command("--help=optimizer.l").stdout
+    assert "learning_rate" in some and "--workdir" not in some and "clip" not in some
+    assert "--config.steps" in command("--help=true").stdout
 
 
 @pytest.mark.parametrize(
@@ -390,6 +424,8 @@ def test_a_group_takes_the_kind_that_is_named_or_its_first(chosen, arguments, mo
         (["--config.model=Deeper"], "--config.model=Deeper: expected one of Small, Deep"),
         (["--config.model.inner.width=2"], "the config has no field config.model.inner.width; the nearest is config.model.width"),
         (["--config.teacher=none", "--config.teacher.width=2"], "the config has no field config.teacher.width"),
+        (["--config.model.inner=none"], "config.model.inner"),
+        (["--config.model.inner.width=2"], "(there is one with --config.model=Deep)"),
         (["--config.code=x"], "the config has no field config.code"),
     ],
 )
@@ -399,18 +435,19 @@ def test_a_kind_or_a_field_that_is_not_there_is_named(chosen, arguments, message
     assert message in str(error.value)
 
 
-def test_groups_are_described_with_their_kinds():
-    lines = cfg.describe(Chosen()).splitlines()
-    assert [line.split()[0] for line in lines] == ["config.model.width", "config.teacher", "config.seed"]
-    from bmjax.config.record import describe_groups
-
-    lines = describe_groups(Chosen(teacher=Deep())).splitlines()
-    assert [line.split()[:2] for line in lines] == [
-        ["config.model", "Small"],
-        ["config.teacher", "Deep"],
-        ["config.teacher.inner", "Small"],
+def test_help_names_the_kinds_and_finds_a_word(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    whole = help.page("About.", "python x", [], [], Chosen(teacher=Deep()), "config", "Fields of x", "").splitlines()
+    first = next(i for i, line in enumerate(whole) if line.startswith("Kinds"))
+    assert [line.split() for line in whole[first + 1 : first + 4]] == [
+        [*["--config.model", "Small", "the", "model", "(one", "of", "Small,", "Deep)"]],
+        [*["--config.teacher", "Deep", "the", "teacher", "(one", "of", "none,", "Deep,", "Small)"]],
+        [*["--config.teacher.inner", "Small", "what", "is", "inside", "(one", "of", "Small,", "none)"]],
     ]
-    assert lines[0].endswith("the model (one of Small, Deep)")
+    some = help.page("About.", "python x", [], [], Chosen(teacher=Deep()), "config", "Fields of x", "inner").splitlines()
+    assert [line.split()[0] for line in some if line.startswith("  ")] == ["--config.teacher.inner.width"]
+    with pytest.raises(ValueError, match="no field's flag has 'widht' in it; the nearest word is 'width'"):
+        help.page("About.", "python x", [], [], Chosen(), "config", "Fields of x", "widht")
 
 
 @pytest.mark.parametrize(

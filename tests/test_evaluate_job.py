@@ -142,6 +142,8 @@ def test_figures_lie_where_they_belong(workdir):
         (["--model={run}/nothing"], "is neither an export (manifest.json) nor a workdir (config.json)"),
         (["--model={run}/checkpoints/student/00000030"], "is not an exported model; give the folder that an export wrote"),
         (["--model={run}", "--data.batch=9"], "a batch of 9 does not divide over 8 devices"),
+        (["--model={run}", "--output={run}/gone/x.json"], "/gone/x.json must be a file in a folder that exists"),
+        (["--model={run}", "--output={run}"], "must be a file in a folder that exists"),
         (["--model={run}", "--split=tets"], "split is 'tets'; expected one of train, valid, test"),
         (["--mdel=x"], "there is no flag --mdel; the nearest is --model"),
     ],
@@ -193,3 +195,59 @@ def test_what_was_recorded_of_another_kind_of_source_is_forgotten():
     assert _of_its_kind(given, about) == data.Data(source="digits", limit=100, batch=32)
     same = dataclasses.replace(recorded, source="images:dogs")
     assert _of_its_kind(same, about) == same
+
+
+@pytest.mark.parametrize("packing", ["concat", "first_fit"])
+def test_tokens_of_a_tokenizer_are_scored_by_the_byte(packing, scored, tmp_path, capsys):
+    """The bytes are those of the test split's targets as the tokenizers package spells them; export and checkpoint agree."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, initial_alphabet=alphabet, show_progress=False)
+    words = np.random.default_rng(0).choice(["the", "cat", "sat", "on", "mats"], (60, 30))
+    texts = [" ".join(line) for line in words]
+    made.train_from_iterator(texts, trainer)
+    made.save(str(tmp_path / "t.json"))
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    argv = [
+        "train",
+        f"--config.data.source=jsonl:{tmp_path / 'a.jsonl'}",
+        f"--config.data.tokenizer={tmp_path / 't.json'}",
+        f"--config.data.packing={packing}",
+        "--config.data.length=16",
+        "--config.data.batch=8",
+        "--config.machine.devices=0",
+        "--config.machine.tensorboard=false",
+        "--config.model=Decoder",
+        "--config.model.layers=1",
+        "--config.model.width=8",
+        "--config.model.heads=2",
+        "--config.model.neurons=8",
+        "--config.run.steps=5",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    configs.launch(train.main, presets=train.PRESETS, default="article", about=train.__doc__, argv=argv)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    figures = results["models"][0]["metrics"]
+    with np.load(tmp_path / "run" / "test.npz") as test:
+        kept = test["weights"] > 0 if packing == "first_fit" else np.ones(test["targets"].shape, bool)
+        spelt = made.decode(test["targets"][kept].tolist())
+    assert figures["count"] == kept.sum()
+    assert figures["text_bytes"] == len(spelt) > 1.5 * figures["count"]
+    assert figures["bits_per_byte"] == pytest.approx(figures["nll"] * kept.sum() / np.log(2) / len(spelt), rel=1e-12)
+    assert results["bigram_bits_per_byte"] == pytest.approx(results["bigram_bits"] * kept.sum() / len(spelt), rel=1e-12)
+    shown = capsys.readouterr().out
+    assert f"{figures['bits_per_byte']:.4f}" in shown and f"{results['bigram_bits_per_byte']:.4f}" in shown
+    assert "valid_bits_per_byte" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    again = scored(f"--model={tmp_path / 'run'}", "--mesh=data=2,fsdp=4")["metrics"]
+    if packing == "concat":
+        again = [again, scored(f"--model={tmp_path / 'run' / 'export'}")["metrics"]]
+    for found in again if packing == "concat" else [again]:
+        assert found["bits_per_byte"] == pytest.approx(figures["bits_per_byte"], rel=1e-5)
+        assert found["text_bytes"] == len(spelt)
+    assert "text bytes" in capsys.readouterr().out
+    about = json.loads((tmp_path / "run" / "export" / "manifest.json").read_text())["data"]["metadata"]
+    assert about["vocabulary"] == made.get_vocab_size()

@@ -1,5 +1,6 @@
 """A language model's figures against NumPy float64, on 1 and 8 devices, with ragged batches and uneven masks."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bmjax import data, measure, parallel
+from bmjax.jobs.train import _bigram
 from bmjax.measure import evaluation
 from bmjax.train import run
 
@@ -80,7 +82,7 @@ def test_evaluate_is_exact_over_shards_ragged_batches_and_masks(devices):
         classes=VOCABULARY,
         teacher_logits_fn=lambda batch: read(batch, "teacher"),
         kind="tokens",
-        bytes_per_token=4.0,
+        text_bytes=1234,
     )
     nll, hit, confidence, kept = by_hand(logits, targets, weights)
     summary = found.summary
@@ -88,7 +90,8 @@ def test_evaluate_is_exact_over_shards_ragged_batches_and_masks(devices):
     assert summary["sequences"] == kept.any(1).sum() < len(targets)
     assert summary["nll"] == pytest.approx(nll[kept].mean(), rel=1e-6)
     assert summary["bits_per_token"] == pytest.approx(nll[kept].mean() / np.log(2), rel=1e-6)
-    assert summary["bits_per_byte"] == pytest.approx(nll[kept].mean() / np.log(2) / 4, rel=1e-6)
+    assert summary["bits_per_byte"] == pytest.approx(nll[kept].sum() / np.log(2) / 1234, rel=1e-6)
+    assert summary["text_bytes"] == 1234
     assert summary["perplexity"] == pytest.approx(np.exp(nll[kept].mean()), rel=1e-6)
     assert summary["accuracy"] == hit[kept].mean()
     assert summary["ece"] == pytest.approx(expected_ece(confidence[kept], hit[kept]), abs=1e-6)
@@ -116,9 +119,9 @@ def test_a_weight_of_a_sequence_holds_for_its_tokens():
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary():
     found = measure.summary_of_tokens(
-        jax.device_get(jitted(np.zeros((3, 5, 256), np.float32), np.full((3, 5), 9), np.ones((3, 5)))), bytes_per_token=1
+        jax.device_get(jitted(np.zeros((3, 5, 256), np.float32), np.full((3, 5), 9), np.ones((3, 5)))), text_bytes=15
     )
-    assert found["bits_per_byte"] == found["bits_per_token"] == pytest.approx(8.0, rel=1e-6)
+    assert found["bits_per_byte"] == pytest.approx(found["bits_per_token"], rel=1e-12) == pytest.approx(8.0, rel=1e-6)
     assert found["perplexity"] == pytest.approx(256.0, rel=1e-5)
 
 
@@ -218,17 +221,28 @@ def test_bigram_refuses(arguments, message):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_run_evaluates_bytes_as_a_language_model(devices, tmp_path):
-    """A table of which byte follows which, as the model: its bits are those of the bigram baseline."""
+def test_a_run_evaluates_tokens_of_many_bytes_as_a_language_model(devices, tmp_path):
+    """A table of which token follows which, as the model: its bits are the bigram baseline's, padding is no text."""
     rng = np.random.default_rng(0)
     streams = rng.integers(0, 256, (21, 9)).astype(np.uint8)
-    weights = np.ones((21, 8), np.float32)
-    split = data.Split(streams[:, :-1], streams[:, 1:], np.arange(21, dtype=np.int32), {"weights": weights})
+    weights = (np.arange(8) < rng.integers(1, 9, (21, 1))).astype(np.float32)
+    sizes = rng.integers(0, 9, (21, 8)).astype(np.uint8)
+    columns = (streams[:, :-1], streams[:, 1:], np.arange(21, dtype=np.int32), {"weights": weights})
+    split = data.Split(*columns, target_bytes=sizes)
     dataset = data.Dataset("text", split, split, split, (), np.zeros(()), np.ones(()), "", kind="tokens", vocabulary=256)
     counts = np.ones((256, 256))
-    np.add.at(counts, (split.inputs.reshape(-1), split.targets.reshape(-1)), 1)
+    kept = weights > 0
+    np.add.at(counts, (split.inputs[kept], split.targets[kept]), 1)
     table = np.log(counts / counts.sum(1, keepdims=True)).astype(np.float32)
     bench = run.Bench(parallel.make_mesh("data=-1", jax.devices()[:devices]), dataset, data.Data(batch=8), tmp_path, None, 0)
     found = run.evaluate(bench, jax.jit(lambda batch: jnp.asarray(table)[batch["inputs"]]), split)
-    assert (found.summary["count"], found.summary["sequences"]) == (21 * 8, 21)
-    assert found.summary["bits_per_byte"] == pytest.approx(measure.bigram_bits(streams, streams, 256), rel=1e-6)
+    assert (found.summary["count"], found.summary["sequences"]) == (kept.sum(), 21)
+    nats = -table[split.inputs, split.targets].astype(np.float64)[kept].sum()
+    assert found.summary["bits_per_byte"] == pytest.approx(nats / np.log(2) / sizes[kept].sum(), rel=1e-6)
+    baseline = _bigram(dataset)
+    assert baseline["bigram_bits"] == pytest.approx(found.summary["bits_per_token"], rel=1e-6)
+    assert baseline["bigram_bits_per_byte"] == pytest.approx(found.summary["bits_per_byte"], rel=1e-6)
+    for name, known in (("bytes", 1), ("unknown", None)):
+        other = dataclasses.replace(split, target_bytes=known)
+        again = run.evaluate(bench, jax.jit(lambda batch: jnp.asarray(table)[batch["inputs"]]), other).summary
+        assert again["bits_per_byte"] == (None if name == "unknown" else pytest.approx(again["bits_per_token"], rel=1e-12))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import html.parser
 import json
+import re
 
 import numpy as np
 import pytest
 import rich.console
 
 from bmjax import report
-from bmjax.report import axes, numbers, pictures
+from bmjax.report import axes, numbers, pictures, sensitivity
 from bmjax.report.markup import Markup, tag
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -84,6 +85,14 @@ def training(seed, steps=900, start=2.3, end=0.03, accuracy=0.985, first=0.12):
     return rows
 
 
+def curves() -> dict:
+    """A sensitivity analysis of layers, of neurons in all layers, and of the neurons of each."""
+    names = ["layers", "neurons", *(f"neurons/{i}" for i in range(4))]
+    sparsities = [[0.25, 0.5, 0.75], *[[0.25, 0.5, 0.875]] * 5]
+    quality = [[0.97, 0.95, 0.6], [0.98, 0.9, 0.1], *([0.98, 0.97, 0.5 + 0.1 * i] for i in range(4))]
+    return {"names": names, "sparsities": sparsities, "quality": quality, "dense": 0.98, "units": [4] * 6, "weights": [9] * 6}
+
+
 def mlp() -> dict:
     """A residual MLP, 4 layers x 512 neurons made 2 x 64."""
     rng = np.random.default_rng(0)
@@ -136,6 +145,7 @@ def mlp() -> dict:
             "layers": [{"index": i, "kept": i in (0, 3), "importance": importance[i], "parts": neurons()} for i in range(4)],
             "shared": {},
         },
+        "sensitivity": curves(),
         "curves": {
             "big": training(1),
             "prune 2 x 64": training(2, 600, 0.5, 0.09, 0.978, 0.93),
@@ -244,6 +254,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
     results["structure"]["sizes_before"][evil] = 3
     results["structure"]["layers"][0]["parts"][evil] = {"kept": [True, False]}
     results["structure"]["shared"][evil] = {"kept": [True, False]}
+    results["sensitivity"]["names"][0] = evil
     results["curves"][evil] = results["curves"].pop("big")
     results |= {"class_names": [evil] * 10, "files": {evil: evil}, "notes": [evil], "environment": {evil: evil}}
     parsed = Balanced(written(results, tmp_path))
@@ -328,6 +339,73 @@ def test_cells_lie_where_the_kept_elements_are():
 def test_a_cell_of_which_a_little_was_kept_is_pale_but_there():
     drawn = pictures.cells([i == 0 for i in range(2560)])  # five a cell
     assert 'd="M0 2.5h5" class="kept" stroke-width="5" stroke-dasharray="5 1" stroke-opacity="0.25"' in drawn
+
+
+def places(drawn):
+    """[(class, [(x, y)])] of the lines of a picture."""
+    found = []
+    for d, style in re.findall(r'd="M([^"]*)" class="line (\w+)"', drawn):
+        found.append((style, [tuple(map(float, pair.split())) for pair in d.split("L")]))
+    return found
+
+
+def test_sensitivity_is_drawn_to_scale_and_labelled():
+    y = axes.Scale(0.0, 1.0, 174, 24)
+    shown = [("all", [(0.0, 1.0), (0.5, 0.9), (1.0, 0.0)]), ("0", [(0.0, 1.0), (0.5, 0.98)]), ("1", [(0.0, 1.0), (0.5, 1.0)])]
+    drawn = sensitivity.panel("neurons", shown, y, "quality", str)
+    (strong, first), (_, second), (weak, third) = places(drawn)
+    assert (strong, weak) == ("valid", "train")
+    assert first == [(44, 24), (153, 39), (262, 174)]  # 0 to 1 is 44 to 262, and 1 to 0 is 24 to 174
+    assert second == [(44, 24), (153, 27)]
+    assert third == [(44, 24), (153, 24)]
+    labels = re.findall(r'<text x="272" y="([\d.]+)"[^>]*>(\w+)<', drawn)
+    assert [words for _, words in labels] == ["1", "0", "all"]
+    heights = [float(height) for height, _ in labels]
+    assert heights[0] == 28  # beside its line, and the next one moved out of its way
+    assert heights[1] - heights[0] == 11
+    assert heights[2] == 178
+
+
+def test_only_the_lowest_of_many_lines_are_labelled_and_stay_above_the_axis():
+    y = axes.Scale(0.0, 1.0, 174, 24)
+    drawn = sensitivity.panel("up", [(str(i), [(0.0, 1.0), (0.9, 0.001 * i)]) for i in range(30)], y, "quality", str)
+    labels = re.findall(r'<text x="272" y="([\d.]+)"[^>]*>(\w+)<', drawn)
+    assert [int(words) for _, words in labels] == list(range(9, -1, -1))
+    heights = np.array([float(height) for height, _ in labels])
+    assert (np.diff(heights) == 11).all()
+    assert heights[-1] <= 178
+
+
+def test_like_layers_share_a_panel():
+    names = ["embed/kernel", "layers/0/up/kernel", "layers/1/up/kernel", "heads", "heads/0", "heads/1", "hidden_0", "hidden_1"]
+    assert sensitivity.families([*names, "stage_0/blocks"]) == {
+        "embed/kernel": {"embed/kernel": ""},
+        "layers/*/up/kernel": {"layers/0/up/kernel": "0", "layers/1/up/kernel": "1"},
+        "heads": {"heads": "all", "heads/0": "0", "heads/1": "1"},
+        "hidden_*": {"hidden_0": "0", "hidden_1": "1"},
+        "stage_0/blocks": {"stage_0/blocks": ""},
+    }
+
+
+def test_the_page_shows_a_curve_for_every_part(tmp_path):
+    page = written(mlp(), tmp_path)
+    part = page[page.index("How much each part matters") :].partition("</section>")[0]
+    lines = places(part)
+    assert [style for style, _ in lines] == ["valid", "valid", *["train"] * 4]
+    assert all(len(line) == 4 for _, line in lines)  # with the dense model, at nothing dropped
+    assert part.count("accuracy, %</text>") == 2
+    assert len({line[0] for _, line in lines}) == 1
+
+
+def test_sensitivity_alone_and_with_gaps(tmp_path):
+    record = curves()
+    record["quality"][0] = [0.9, float("nan"), None]
+    place = report.write_sensitivity(record, tmp_path / "deep" / "curves.html", "of <mine>")
+    page = place.read_text(encoding="utf-8")
+    parsed = Balanced(page)
+    assert "of <mine>" in parsed.text
+    assert [len(line) for _, line in places(page)] == [2, *[4] * 5]
+    assert "nan" not in parsed.text
 
 
 def test_a_deep_network_stays_below_a_megabyte(tmp_path):

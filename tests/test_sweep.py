@@ -66,6 +66,57 @@ def test_what_cannot_be_swept_is_refused(grid, random, words):
         points(Config(teacher=Teacher(model=Plain())), grid, random, 3, 0)
 
 
+@pytest.mark.parametrize(
+    ("grid", "field", "values"),
+    [
+        ("hidden=(64,32),(32,)", HIDDEN, ["64,32", "32"]),
+        ("hidden=(64, 32) | 32", HIDDEN, ["64, 32", "32"]),
+        ("hidden=[64,32],[32]", HIDDEN, ["64,32", "32"]),
+        ("hidden=[(64,32),(32)]", HIDDEN, ["64,32", "32"]),
+        ("hidden=(64,32)", HIDDEN, ["64,32"]),
+        ("class_weights=none,(1,2)", "config.task.class_weights", ["none", "1,2"]),
+        ("learning_rate=[1e-3, 1e-2]", RATE, ["1e-3", "1e-2"]),
+        ("config.seed=1,2,", SEED, ["1", "2"]),
+        ("model=Plain,Residual", "config.model", ["Plain", "Residual"]),
+        ("weights=ce=1,kd=2|ce=2", "config.weights", ["ce=1,kd=2", "ce=2"]),
+    ],
+)
+def test_values_of_lists_and_kinds(grid, field, values):
+    assert [point[field] for point in points(Config(), grid, "", 1, 0)] == values
+    assert {point[field] for point in points(Config(), "", grid, 40, 0)} == set(values)
+
+
+@pytest.mark.parametrize(
+    ("grid", "random", "words"),
+    [
+        ("hidden=64,32", "", "which is one value; write '64|32' for several, or '(64,32)' for this one"),
+        ("weights=ce=1,ce=2", "", "which is one value; write 'ce=1|ce=2' for several"),
+        ("hidden=uniform(8,64)", "", "it takes several values; uniform(...) is for a field of one number in --random"),
+        ("", "hidden=log(8,64)", "it takes several values; log(...) is for a field of one number in --random"),
+        ("learning_rate=log(1e-4,1e-1)", "", "a grid takes single values; log(...) is for a field of one number in --random"),
+        ("model.layers=2,3", "", "(there is one with --config.model=Decoder, Encoder, Residual, Transformer)"),
+    ],
+)
+def test_the_right_form_is_shown(grid, random, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        points(Config(), grid, random, 3, 0)
+
+
+def test_language_models_are_compared_by_the_byte_where_all_can_be():
+    tokens = {"valid_bits_per_token": 2.0, "valid_accuracy": 0.5}
+    both = {**tokens, "valid_bits_per_byte": 1.0}
+    rows = lambda *figures: [{"figures": found} for found in figures]
+    assert jobs._main_metric(rows(both, both, {})) == "valid_bits_per_byte"
+    assert jobs._main_metric(rows(both, tokens)) == "valid_bits_per_token"
+    assert jobs._main_metric(rows({"valid_accuracy": 1.0}, {})) == jobs._main_metric(rows({})) == "valid_accuracy"
+
+
+def test_help_lists_the_metrics(capsys):
+    launch("--help")
+    whole = " ".join(capsys.readouterr().out.split())
+    assert "main figure (one of valid_accuracy, valid_nll," in whole
+
+
 def test_names_are_as_short_as_they_can_be():
     paths = ["config.run.steps", "config.teacher.run.steps", "config.seed"]
     assert list(short_names(paths).values()) == ["config.run.steps", "teacher.run.steps", "seed"]

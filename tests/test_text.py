@@ -1,6 +1,8 @@
 """Text and token files that the tests make themselves, and the library of the running Python."""
 
 import builtins
+import functools
+import itertools
 import json
 import pathlib
 import sysconfig
@@ -216,3 +218,138 @@ def test_what_is_missing_or_broken_gets_one_line(tmp_path):
         load(f"tokens:{tmp_path / 'a.npy'}", packing="first_fit")
     with pytest.raises(ValueError, match=r"bytes have 256 values, and data.vocabulary is 100"):
         load("text", vocabulary=100)
+
+
+UNICODE = ["naïve", "日本語", "🙂", "the", "quick", "\tfox", "ß", "a b", "<s>"]
+
+
+def byte_level(path, text, prefix=False):
+    """A byte-level BPE trained on a text, so that some tokens are parts of a character; no decoder, as many files have none."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>"], show_progress=False
+    )
+    made.train_from_iterator([text], trainer)
+    made.save(str(path))
+
+
+def sentencepiece(path, text):
+    """As Llama's: a space before the text, U+2581 for spaces, bytes for what has no piece."""
+    import tokenizers
+
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, unk_token="<unk>"))
+    normalizers = tokenizers.normalizers
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<unk>", *raw], initial_alphabet=list("\u2581abcdefghijklmno"), show_progress=False
+    )
+    made.train_from_iterator(["abc def\u2581ghi"], trainer)
+    made.save(str(path))
+
+
+def foreign(words, seed):
+    return " ".join(np.random.default_rng(seed).choice(UNICODE, words))
+
+
+KINDS = {"bytes": None, "byte_level": byte_level, "prefix": functools.partial(byte_level, prefix=True), "pieces": sentencepiece}
+END = 1000
+
+
+@pytest.fixture(params=KINDS)
+def documents(request, tmp_path):
+    """(settings, {ids of a document: (its bytes, those of its first token)}) of texts in many scripts."""
+    texts = [f"{i} {foreign(20, i)}" for i in range(40)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    settings = {"source": f"jsonl:{tmp_path / 'a.jsonl'}", "test": 0.2, "valid": 0.2, "end": END}
+    if request.param == "bytes":
+        return settings, {tuple(text.encode()): (len(text.encode()), 1) for text in texts}
+    import tokenizers
+
+    path = str(tmp_path / "t.json")
+    KINDS[request.param](path, "".join(texts))
+    known = {}
+    for text in texts:
+        encoded = tokenizers.Tokenizer.from_file(path).encode(text, add_special_tokens=False)
+        first = len(encoded.tokens[0]) - (request.param != "byte_level")  # digits, behind a space that is not the text's
+        known[tuple(encoded.ids)] = len(text.encode()), first
+    return {**settings, "tokenizer": path}, known
+
+
+def test_each_target_knows_its_bytes(documents):
+    """Between two ends lie the bytes of one document; an end stands for none."""
+    settings, known = documents
+    dataset, seen = load(**settings), 0
+    assert dataset.bytes_note == ""
+    for split in (dataset.train, dataset.valid, dataset.test):
+        assert split.text_bytes == split.target_bytes.sum()
+        targets, found = split.targets.ravel(), split.target_bytes.ravel()
+        ends = np.flatnonzero(targets == END)
+        assert not found[ends].any()
+        for first, last in itertools.pairwise(ends):
+            assert found[first:last].sum() == known[tuple(targets[first + 1 : last].tolist())][0]
+            seen += 1
+    assert seen > 30
+    assert set(dataset.train.take(slice(4))) == {"inputs", "targets", "id"}  # no batch is larger for it
+
+
+def test_packed_targets_know_their_bytes(documents):
+    """A document's first token is no target, padding is no text."""
+    settings, known = documents
+    dataset, seen = load(**settings, packing="first_fit", length=400), 0
+    for split in (dataset.train, dataset.valid, dataset.test):
+        segments = split.extra["segments"]
+        assert not split.target_bytes[segments == 0].any()
+        assert split.text_bytes == split.target_bytes.sum()
+        for row, numbers in enumerate(segments):
+            for number in range(1, numbers.max() + 1):
+                whole, first = known[tuple(split.inputs[row][numbers == number].tolist())]
+                assert split.target_bytes[row][numbers == number].sum() == whole - first
+                seen += 1
+    assert seen == len(known)
+
+
+def lossy(path, words, **parts):
+    import tokenizers
+
+    vocabulary = {word: number for number, word in enumerate(["<unk>", " ", *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(" ", "isolated")
+    for name, part in parts.items():
+        setattr(made, name, part)
+    made.save(str(path))
+
+
+def test_tokens_that_do_not_spell_the_text_have_no_bytes(tmp_path):
+    import tokenizers
+
+    texts = ["one two one" * 9, "two one Two"] * 20
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+
+    def note(words, **parts):
+        lossy(tmp_path / "t.json", words, **parts)
+        dataset = load(f"jsonl:{tmp_path / 'a.jsonl'}", tokenizer=str(tmp_path / "t.json"), length=4)
+        known = {split.text_bytes is not None for split in (dataset.train, dataset.valid, dataset.test)}
+        assert known == {dataset.bytes_note == ""}
+        return dataset.bytes_note
+
+    words = ["one", "two", "Two", "oneone"]
+    assert note(words) == ""
+    reason = "do not spell its text exactly (it normalises, drops white space, or has unknown tokens)"
+    assert f"t.json makes of line 2 of {tmp_path / 'a.jsonl'} {reason}" in note(["one", "two", "oneone"])  # Two is unknown
+    assert reason in note(words, normalizer=tokenizers.normalizers.Lowercase())
+    assert reason in note(words, pre_tokenizer=tokenizers.pre_tokenizers.Whitespace())
+
+
+def test_ids_of_a_file_are_bytes_only_where_they_can_be_nothing_else(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(5000).astype(np.uint8))
+    dataset = load(f"tokens:{tmp_path / 'a.npy'}")
+    assert (dataset.test.text_bytes, dataset.bytes_note) == (dataset.test.targets.size, "")
+    np.save(tmp_path / "a.npy", np.arange(5000) % 256)
+    dataset = load(f"tokens:{tmp_path / 'a.npy'}")
+    assert dataset.test.text_bytes is None
+    assert dataset.bytes_note == "bits per byte are left out: a file of ids does not say how many bytes of text each stands for"

@@ -11,24 +11,27 @@ dataclass by name: `--config.model=Residual --config.model.layers=2`.
 
 from bmjax.config.commandline import command, from_arguments, launch, launch_settings
 from bmjax.config.load import load
-from bmjax.config.record import check_workdir, describe, fingerprint, from_dict, read_resolved, to_dict, write_resolved
-from bmjax.config.schema import above, at_least, field, freeze, leaves, nearest, recorded, validate, within
+from bmjax.config.record import check_workdir, fingerprint, from_dict, read_resolved, to_dict, write_resolved
+from bmjax.config.schema import above, at_least, elsewhere, field, freeze, groups, leaves, nearest, recorded, validate, within
+from bmjax.config.tracebacks import misfit
 
 __all__ = [
     "above",
     "at_least",
     "check_workdir",
     "command",
-    "describe",
+    "elsewhere",
     "field",
     "fingerprint",
     "freeze",
     "from_arguments",
     "from_dict",
+    "groups",
     "launch",
     "launch_settings",
     "leaves",
     "load",
+    "misfit",
     "nearest",
     "read_resolved",
     "recorded",

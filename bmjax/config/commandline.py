@@ -12,9 +12,8 @@ from typing import Any
 
 from absl import flags, logging
 
-from bmjax.config import flagged
+from bmjax.config import flagged, help
 from bmjax.config.load import described, load
-from bmjax.config.record import describe, describe_groups
 from bmjax.config.schema import freeze, validate
 from bmjax.config.tracebacks import of_user
 
@@ -44,17 +43,19 @@ def launch(
         argv: program and arguments; `sys.argv` if not given.
     """
 
-    def run(given: list[str], chosen: flags.FlagValues) -> None:
+    def run(given: list[str], chosen: flags.FlagValues, word: str) -> None:
         arguments = [_long(argument, short or {}) for argument in given]
         config = load(chosen.config, presets)
         _check_kind(chosen.config, config, main)
         if chosen.help:
             flagged.choose_groups(config, arguments, "config")
-            there = described(presets)
-            width = max(map(len, there), default=0)
-            stands = [f"  --{name}=... is --{path}=..." for name, path in (short or {}).items()]
-            names = [*stands, "", "Presets:", *(f"  {name.ljust(width)}  {line}" for name, line in there.items())]
-            print(_help(about, _preset_flags(default), names, config, "config", f"Fields of {chosen.config}"))
+            if word:
+                flagged.fill_groups(config, "config")
+            stands = [(f"--{name}", "", "", f"is --{path}") for name, path in (short or {}).items()]
+            rows = [*_rows(_preset_flags(default)), *stands]
+            usage = f"{_program(given)} [--config=<preset>] [--config.<field>=<value> ...] [--workdir=<folder>]"
+            there = list(described(presets).items())
+            print(help.page(about, usage, rows, there, config, "config", f"Fields of {chosen.config}", word))
             return
         flagged.override(config, arguments, _preset_flags(default))
         validate(config)
@@ -114,7 +115,7 @@ def launch_settings(
         argv: program and arguments; `sys.argv` if not given.
     """
 
-    def run(arguments: list[str], chosen: flags.FlagValues) -> None:
+    def run(arguments: list[str], chosen: flags.FlagValues, word: str) -> None:
         rest = [a for a in arguments[1:] if forwards and a.startswith((f"--{forwards}", f"--no{forwards}"))]
         own = [a for a in arguments if a not in rest]
         first = flagged.empty_flags()
@@ -123,7 +124,8 @@ def launch_settings(
         found = settings(first[by or "-"].value or "")
         if chosen.help:
             flagged.choose_groups(found, own, "")
-            print(_help(about, _settings_flags(), [], found, "", "Settings"))
+            usage = f"{_program(arguments)} [--<field>=<value> ...]" + (f" [--{forwards}...]" if forwards else "")
+            print(help.page(about, usage, _rows(_settings_flags()), [], found, "", "Settings", word))
             return
         flagged.override(found, own, _settings_flags(), "")
         validate(found, "")
@@ -136,13 +138,16 @@ _HELP = {
     "config": "name of a preset, or path of a .py file with get_config()",
     "workdir": "folder for everything written; runs/<preset> if not given",
 }
+_TYPES = {"string": "str", "bool": "bool"}
 
 
 def _settings_flags() -> flags.FlagValues:
     """The flags that every program has."""
     values = flagged.empty_flags()
     flags.DEFINE_boolean("debug", False, "keep the full traceback of every error", flag_values=values)
-    flags.DEFINE_boolean("help", False, "show this", short_name="h", flag_values=values)
+    flags.DEFINE_boolean(
+        "help", False, "show this; --help=<word> shows the fields with the word in their flag", short_name="h", flag_values=values
+    )
     return values
 
 
@@ -154,9 +159,11 @@ def _preset_flags(default: str) -> flags.FlagValues:
     return values
 
 
-def _guarded(run: Callable[[list[str], flags.FlagValues], None], common: flags.FlagValues, argv: Sequence[str] | None) -> None:
-    """Calls `run(arguments, common flags)`; what goes wrong ends as `launch` says."""
-    arguments = list(sys.argv if argv is None else argv)
+def _guarded(
+    run: Callable[[list[str], flags.FlagValues, str], None], common: flags.FlagValues, argv: Sequence[str] | None
+) -> None:
+    """Calls `run(arguments, common flags, word of --help=<word>)`; what goes wrong ends as `launch` says."""
+    arguments, word = _help_word(sys.argv if argv is None else argv)
     flags.FLAGS(arguments[:1])  # absl's own flags keep their defaults; its logging warns until they are parsed
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
@@ -164,7 +171,7 @@ def _guarded(run: Callable[[list[str], flags.FlagValues], None], common: flags.F
     try:
         chosen = flagged.parse(arguments, common, known_only=True)
         debug = chosen.debug
-        run(arguments, chosen)
+        run(arguments, chosen, word)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -177,28 +184,29 @@ def _guarded(run: Callable[[list[str], flags.FlagValues], None], common: flags.F
         sys.exit(1)
 
 
-def _help(about: str, common: flags.FlagValues, names: list[str], config: Any, root: str, title: str) -> str:
-    options = [
-        f"  --{name:<8}  {common[name].flag_type():<6}  {str(common[name].default).lower():<7}  {common[name].help}"
-        for name in ("config", "workdir", "debug", "help")
-        if name in common
+def _rows(common: flags.FlagValues) -> list[help.Row]:
+    """The flags beside the fields."""
+    names = [name for name in ("config", "workdir", "debug", "help") if name in common]
+    return [
+        (f"--{name}", _TYPES[common[name].flag_type()], help.shown(common[name].default), common[name].help) for name in names
     ]
-    chosen = [f"  {line}" for line in describe_groups(config, root).splitlines()]
-    parts = [about.strip(), "", "Flags (type, default, what it is):", *options, *names]
-    if chosen:
-        parts += ["", "Groups (--<group>=<kind> chooses another, whose fields --help then shows):", *chosen]
-    return "\n".join([*parts, "", f"{title} (flag, type, default, what it is):", *_fields(config, root)])
 
 
-def _fields(config: Any, root: str) -> list[str]:
-    return [f"  --{line}" for line in describe(config, root).splitlines()]
+def _help_word(arguments: Sequence[str]) -> tuple[list[str], str]:
+    """(arguments with `--help` in place of `--help=<word>`, the word or "")."""
+    asked = [argument for argument in arguments if argument.startswith("--help=")]
+    words = [word for argument in asked if (word := argument.partition("=")[2]) not in ("true", "1")]
+    return ["--help" if argument in asked else argument for argument in arguments], words[-1] if words else ""
+
+
+def _program(arguments: Sequence[str]) -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return shlex.join(["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", arguments[0]])
 
 
 def command(arguments: Sequence[str]) -> str:
     """The command line as a person would type it."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else ["python", arguments[0]]
-    return shlex.join([*program, *arguments[1:]])
+    return " ".join([_program(arguments), *map(shlex.quote, arguments[1:])])
 
 
 def _is_ours(error: BaseException) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import flags
 
 from bmjax.config import kinds
-from bmjax.config.schema import groups, leaves, nearest
+from bmjax.config.schema import elsewhere, groups, leaves, nearest
 
 
 class _FieldParser(flags.ArgumentParser):
@@ -61,7 +61,7 @@ def override(config: Any, arguments: Sequence[str], values: flags.FlagValues, ro
     for path, leaf in fields.items():
         if path not in values:
             _define(values, path, _FieldParser(leaf.type), leaf.field, leaf.type is bool)
-    parse(arguments, values)
+    parse(arguments, values, hint=lambda name: elsewhere(config, name, root))
     for path, leaf in fields.items():
         if values[path].present and not leaf.field.metadata.get("kinds"):
             object.__setattr__(leaf.owner, leaf.field.name, values[path].value)
@@ -90,6 +90,13 @@ def choose_groups(config: Any, arguments: Sequence[str], root: str) -> None:
             object.__setattr__(group.owner, group.field.name, first())
 
 
+def fill_groups(config: Any, root: str) -> None:
+    """Puts the first kind into every group that is None, in place, so that its fields can be shown."""
+    while group := next((group for group in groups(config, root) if group.value is None), None):
+        first = next(maker for name, maker in group.field.metadata["kinds"].items() if name != "none")
+        object.__setattr__(group.owner, group.field.name, first())
+
+
 def empty_flags() -> flags.FlagValues:
     """A set of flags apart from absl's global ones, that goes on after a stray argument, so that it can be named."""
     values = flags.FlagValues()
@@ -97,12 +104,24 @@ def empty_flags() -> flags.FlagValues:
     return values
 
 
-def parse(arguments: Sequence[str], values: flags.FlagValues, known_only: bool = False) -> flags.FlagValues:
-    """The flags with their values; a ValueError says what was wrong, unless only the known flags are looked for."""
+def parse(
+    arguments: Sequence[str],
+    values: flags.FlagValues,
+    known_only: bool = False,
+    hint: Callable[[str], str] = lambda name: "",
+) -> flags.FlagValues:
+    """The flags with their values; a ValueError says what was wrong, unless only the known flags are looked for.
+
+    Args:
+        arguments: program and arguments.
+        values: the flags.
+        known_only: pass over what is no flag.
+        hint: what to add to the error about a flag that there is not.
+    """
     try:
         stray = values(list(arguments), known_only=known_only)[1:]
     except flags.UnrecognizedFlagError as error:
-        raise ValueError(_unknown(error.flagname, list(values))) from None
+        raise ValueError(_unknown(error.flagname, list(values)) + hint(error.flagname)) from None
     except flags.Error as error:
         raise ValueError(str(error).removeprefix("flag ")) from None
     if stray and not known_only:

@@ -80,6 +80,21 @@ def type_name(kind: Any) -> str:
     return getattr(kind, "__name__", str(kind))
 
 
+def short_name(kind: Any) -> str:
+    """What `--help` shows: text as the command line takes it, "int,..." for a tuple of ints."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if _is_union(kind):
+        return " | ".join(dict.fromkeys(short_name(option) for option in arguments))
+    if origin is tuple and arguments:
+        return ",".join("..." if item is Ellipsis else short_name(item) for item in arguments)
+    if origin is dict and arguments:
+        simple = arguments[1] in (int, float, str, bool)
+        return f"name={short_name(arguments[1])},..." if simple else "dict"
+    if origin is list:
+        return "list"
+    return type_name(kind)
+
+
 def read(text: str, kind: Any) -> Any:
     """A value of an annotated type from the command line's text; ValueError if the text does not say one."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -96,13 +111,19 @@ def read(text: str, kind: Any) -> Any:
     elif kind in (str, Any):
         return text
     elif origin is tuple and arguments:
-        items = [item.strip() for item in text.strip("()").split(",") if item.strip()]
+        items = [item.strip() for item in text.strip("()[] ").split(",") if item.strip()]
         kinds = [arguments[0]] * len(items) if arguments[1:] == (...,) else arguments
         if len(items) == len(kinds):
-            return tuple(map(read, items, kinds))
+            try:
+                return tuple(map(read, items, kinds))
+            except ValueError:
+                pass  # what is expected is the whole tuple
     elif origin is dict and arguments and all("=" in item for item in text.split(",") if item):
         pairs = [item.split("=", 1) for item in text.split(",") if item]
-        return {key.strip(): read(item.strip(), arguments[1]) for key, item in pairs}
+        found = {key.strip(): read(item.strip(), arguments[1]) for key, item in pairs}
+        if len(found) == len(pairs):
+            return found
+        raise ValueError(f"expected each name once, each with {words(arguments[1])}")
     elif origin is typing.Literal and text in map(str, arguments):
         return next(option for option in arguments if str(option) == text)
     elif kind in (int, float):

@@ -50,6 +50,9 @@ def load(name: str, presets: pathlib.Path) -> Any:
         if not callable(getattr(module, "get_config", None)):
             raise ValueError(f"{path} has no function get_config()")
         config = module.get_config()
+    except SyntaxError as error:  # it has no frame in the file, so it would end as a traceback of ours
+        where = f"{error.filename}:{error.lineno}"
+        raise ValueError(f"{where}: {error.msg}: {(error.text or '').strip()}") from None
     except TypeError as error:
         if message := misspelt(error):
             raise ValueError(message) from None

@@ -1,4 +1,4 @@
-"""What a config says about itself: JSON, fingerprint, help, and the copy in the workdir."""
+"""What a config says about itself: JSON, fingerprint, and the copy in the workdir."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ import hashlib
 import json
 import os
 import pathlib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from bmjax.config import kinds
-from bmjax.config.schema import groups, is_config, leaves, validate
+from bmjax.config.schema import is_config, validate
 
 RECORD, DATA = "config.json", "data_fingerprint"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested dicts, lists and scalars for JSON; a dataclass's name stands under "class", a function is "module:name"."""
-    return _plain(config)
+    return plain(config)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value for JSON, as `to_dict` writes it."""
     if is_config(value):
-        return {"class": type(value).__name__, **{f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
+        return {"class": type(value).__name__, **{f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}}
     if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
         return int(value) if value.is_integer() else float(value)  # 1 and 1.0 are one config
     if isinstance(value, functools.partial):
-        return {"partial": _plain(value.func), "args": _plain(value.args), "kwargs": _plain(value.keywords)}
+        return {"partial": plain(value.func), "args": plain(value.args), "kwargs": plain(value.keywords)}
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}:{named.__qualname__}"
 
@@ -74,43 +74,6 @@ def _restored(value: Any, kind: Any, classes: Mapping[str, type]) -> Any:
     if (isinstance(value, list) and not kinds.fits(value, kind)) or (isinstance(value, list) and kind is Any):
         return tuple(_restored(item, Any, classes) for item in value)
     return value
-
-
-def describe(config: Any, root: str = "config") -> str:
-    """Aligned lines, one for each field: dotted name, type, value, help."""
-    rows = []
-    for leaf in leaves(config, root):
-        choices = leaf.field.metadata.get("choices") or leaf.field.metadata.get("kinds")
-        allowed = f" (one of {', '.join(map(str, choices))})" if choices else ""
-        rows.append((leaf.path, kinds.type_name(leaf.type), _shown(leaf.value), leaf.field.metadata.get("help", "") + allowed))
-    return _aligned(rows)
-
-
-def describe_groups(config: Any, root: str = "config") -> str:
-    """Aligned lines, one for each group whose kind can be chosen: dotted name, what is there, help, the kinds."""
-    rows = []
-    for group in groups(config, root):
-        kind, makers = group.value, group.field.metadata["kinds"]
-        shown = "none" if kind is None else str(getattr(kind, "__name__", type(kind).__name__))
-        rows.append((group.path, shown, "", f"{group.field.metadata['help']} (one of {', '.join(makers)})"))
-    return _aligned(rows)
-
-
-def _aligned(rows: list[tuple[str, str, str, str]]) -> str:
-    """Rows of three columns and a last one."""
-    widths = [max((len(row[column]) for row in rows), default=0) for column in range(3)]
-    return "\n".join("  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]).rstrip() for row in rows)
-
-
-def _shown(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(_shown, value))
-    if isinstance(value, dict):
-        return ",".join(f"{key}={_shown(item)}" for key, item in value.items())
-    if isinstance(value, (bool, types.NoneType)):
-        return str(value).lower()
-    return str(value) if isinstance(value, (int, float, str)) else str(_plain(value))
 
 
 def check_workdir(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib.Path:

@@ -105,6 +105,15 @@ def groups(config: Any, path: str = "config") -> Iterator[Leaf]:
             yield from groups(child, child_path)
 
 
+def branches(config: Any, path: str = "config") -> Iterator[Leaf]:
+    """Every field below a dataclass instance that holds more fields, outer ones first; each item of a tuple or dict is one."""
+    hints = typing.get_type_hints(type(config))
+    for entry in dataclasses.fields(config):
+        for child, child_path in _children(getattr(config, entry.name), _below(path, entry.name)):
+            yield Leaf(child_path, config, entry, hints[entry.name], child)
+            yield from branches(child, child_path)
+
+
 def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
@@ -143,7 +152,8 @@ def validate(config: Any, path: str = "config") -> None:
         if value is None:
             continue
         if choices is not None and value not in choices:
-            raise ValueError(f"{where} is {value!r}; expected one of {', '.join(map(str, choices))}")
+            listed = ", ".join("nothing" if choice == "" else str(choice) for choice in choices)
+            raise ValueError(f"{where} is {value!r}; expected one of {listed}")
         if predicate is not None and not predicate(value):
             raise ValueError(f"{where} is {value!r}; {expected}")
         if check is not None and predicate is None:
@@ -198,6 +208,19 @@ def _frozen_class(cls: type) -> type:
 
     body = {"__init__": init, "__setattr__": refuse, "__delattr__": refuse, "_is_frozen": True}
     return type(cls.__name__, (cls,), {**body, "__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def elsewhere(config: Any, name: str, path: str = "config") -> str:
+    """A hint for a path that no field has: " (there is one with --config.model=Decoder, Encoder)"; "" if no kind has it."""
+    for group in groups(config, path):
+        rest, makers = name.removeprefix(f"{group.path}."), group.field.metadata["kinds"]
+        if rest == name:
+            continue
+        made = {kind: make() for kind, make in makers.items()}
+        fits = [kind for kind, one in made.items() if is_config(one) and any(leaf.path == rest for leaf in leaves(one, ""))]
+        if (fits and group.value is not None) or (fits and "none" in makers):
+            return f" (there is one with --{group.path}={', '.join(fits)})"
+    return ""
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

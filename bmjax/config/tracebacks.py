@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import pathlib
 import re
 import sys
 import sysconfig
 import traceback
 from collections.abc import Iterator
+from typing import Any
 
 from bmjax.config.schema import nearest
 
+_OF_JAX = ("-" * 20, "For simplicity, JAX has removed")  # its note on its own frames, which are not shown either way
 _PACKAGES = ("bmjax", "experiments")
 _INSTALLED = tuple(str(pathlib.Path(sysconfig.get_path(name)).resolve()) for name in ("stdlib", "purelib", "platlib"))
 _HERE = str(pathlib.Path(__file__).resolve().parents[1])
@@ -35,7 +38,23 @@ def of_user(error: BaseException) -> str:
     if not frames:
         return ""
     head = "Traceback (most recent call last), your files only; --debug shows all:\n"
-    return "".join([head, *traceback.format_list(frames), *traceback.format_exception_only(error)]).rstrip()
+    lines = list(traceback.TracebackException.from_exception(error, compact=True).format_exception_only())
+    lines = [line for line in lines if not line.startswith(_OF_JAX)]
+    return "".join([head, *traceback.format_list(frames), *lines]).rstrip()
+
+
+def misfit(function: Any, arguments: tuple[str, ...]) -> str:
+    """What is wrong if a user's function cannot be called with so many arguments, named for the message; "" if it can be."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # compiled ones have none
+        return ""
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        name = getattr(function, "__qualname__", type(function).__name__)
+        return f"the function {name}{signature} cannot be called with ({', '.join(arguments)})"
+    return ""
 
 
 def misspelt(error: TypeError) -> str:

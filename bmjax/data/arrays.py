@@ -33,6 +33,11 @@ def load(argument: str, data: Data) -> Dataset:
     else:
         whole = targets.dtype.kind in "iu" and targets.size > 0
         class_names = [str(label) for label in range(int(targets.max()) + 1 if whole else 2)]
+    if targets.ndim != 1:
+        hint = "; of one-hot rows take argmax(axis=1)" if targets.ndim == 2 else ""
+        raise ValueError(
+            f"{name}: targets have shape {list(targets.shape)}; expected [{len(arrays['inputs'])}], a class each{hint}"
+        )
     rows = _rows(name, arrays, data)
     return build(name, arrays["inputs"], targets, rows, class_names=class_names, limit=data.limit, vocabulary=data.vocabulary)
 
@@ -45,7 +50,8 @@ def _read(argument: str) -> dict[str, np.ndarray]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return dict(file)
     except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{argument} is not readable as an .npz file of plain arrays: {error}") from None
+        why = "" if "pickle" in str(error) else f": {error}"  # the advice to load pickles is of no use here
+        raise ValueError(f"{argument} is not readable as an .npz file of plain arrays{why}") from None
 
 
 def _rows(name: str, arrays: Mapping[str, np.ndarray], data: Data) -> dict[str, np.ndarray]:

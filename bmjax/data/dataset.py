@@ -24,6 +24,8 @@ class Split:
         extra: more arrays by name, the example first ("weights", "segments", "positions"); they are in every batch.
         offset, scale: float32, shaped like one example: (raw - offset) / scale is what a model takes; None: inputs are that.
         vocabulary: ids that are not below it are refused by `take`; 0 where all were checked already.
+        target_bytes: bytes of text that each target stands for, ints [n, T], or one number for all; None where that is not
+            known. They are in no batch.
     """
 
     inputs: np.ndarray
@@ -33,6 +35,7 @@ class Split:
     offset: np.ndarray | None = None
     scale: np.ndarray | None = None
     vocabulary: int = 0
+    target_bytes: np.ndarray | int | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -41,6 +44,16 @@ class Split:
     def tokens(self) -> bool:
         """Whether the inputs are token ids."""
         return self.offset is None and self.inputs.dtype.kind in "iu"
+
+    @property
+    def text_bytes(self) -> int | None:
+        """Bytes of the text that all targets of a weight above 0 stand for together; None where that is not known."""
+        if self.target_bytes is None:
+            return None
+        counted = np.asarray(self.extra.get("weights", 1)) > 0
+        counted = counted.reshape(counted.shape + (1,) * (self.targets.ndim - counted.ndim))
+        sizes = np.broadcast_to(self.target_bytes, self.targets.shape)
+        return int(np.sum(sizes, where=np.broadcast_to(counted, sizes.shape), dtype=np.int64))
 
     def take(self, rows: np.ndarray | slice) -> dict[str, np.ndarray]:
         """Some examples as a model takes them: {"inputs", "targets", "id" and the extra arrays}, float32 and int32.
@@ -89,6 +102,7 @@ class Dataset:
         fingerprint: sha256 (hex) of raw inputs, targets and splits.
         kind: "classes", or "tokens" where inputs and targets are token ids [n, T].
         vocabulary: number of token ids; 0 where inputs are no ids.
+        bytes_note: why the bytes that tokens stand for are not known, one line; "" where they are, or need no word.
     """
 
     name: str
@@ -101,6 +115,7 @@ class Dataset:
     fingerprint: str
     kind: str = "classes"
     vocabulary: int = 0
+    bytes_note: str = ""
 
     @property
     def classes(self) -> int:

@@ -25,15 +25,18 @@ class Documents(NamedTuple):
     Attributes:
         stream: token ids [tokens] of any integer type; may be memory-mapped.
         ends: int64 [documents], the place behind each one's last token.
+        sizes: bytes of text that each token stands for, ints [tokens], or one number for all; None where that is not known.
     """
 
     stream: np.ndarray
     ends: np.ndarray
+    sizes: np.ndarray | int | None = None
 
     @classmethod
-    def of(cls, documents: list[np.ndarray]) -> Documents:
-        """Documents from their ids [tokens] each, all of one type."""
-        return cls(np.concatenate(documents), np.cumsum([len(document) for document in documents]))
+    def of(cls, documents: list[np.ndarray], sizes: list[np.ndarray] | int | None = None) -> Documents:
+        """Documents from their ids [tokens] each, all of one type, and the sizes of each."""
+        whole = np.concatenate(sizes) if isinstance(sizes, list) else sizes
+        return cls(np.concatenate(documents), np.cumsum([len(document) for document in documents]), whole)
 
     @property
     def starts(self) -> np.ndarray:
@@ -41,7 +44,7 @@ class Documents(NamedTuple):
         return np.concatenate([[0], self.ends[:-1]])
 
 
-def sequences(name: str, documents: Documents, data: Data, vocabulary: int) -> Dataset:
+def sequences(name: str, documents: Documents, data: Data, vocabulary: int, bytes_note: str = "") -> Dataset:
     """The dataset of sequences of `data.length` tokens, each to be predicted from those before it.
 
     Whole documents go to train, valid or test, drawn once and always alike; where there are too few of them for that, the stream
@@ -52,6 +55,7 @@ def sequences(name: str, documents: Documents, data: Data, vocabulary: int) -> D
         documents: what there is.
         data: length, packing, limit and the held-out fractions (0.05 each if not set).
         vocabulary: number of ids.
+        bytes_note: see `Dataset`.
 
     Raises:
         ValueError: an id is outside the vocabulary, or a split has too few tokens for one sequence.
@@ -73,7 +77,9 @@ def sequences(name: str, documents: Documents, data: Data, vocabulary: int) -> D
         cut = {field: array[: kept[key]] for field, array in arrays.items()}
         ids = np.arange(first, first + kept[key], dtype=np.int32)
         first += kept[key]
-        splits[key] = Split(cut.pop("inputs"), cut.pop("targets"), ids, cut, vocabulary=0 if whole else vocabulary)
+        sizes = cut.pop("target_bytes", parts[key].sizes)
+        inputs, targets, checked = cut.pop("inputs"), cut.pop("targets"), 0 if whole else vocabulary
+        splits[key] = Split(inputs, targets, ids, cut, vocabulary=checked, target_bytes=sizes)
     settings = f"{vocabulary} {data.length} {data.packing} {kept}"
     content = (array for key in SPLITS for array in (parts[key].stream, parts[key].ends))
     zero, one = np.array(0, np.float32), np.array(1, np.float32)
@@ -88,6 +94,7 @@ def sequences(name: str, documents: Documents, data: Data, vocabulary: int) -> D
         fingerprint=sha256(settings, *content, full=FULL),
         kind="tokens",
         vocabulary=vocabulary,
+        bytes_note=bytes_note,
     )
 
 
@@ -146,21 +153,28 @@ def _parts(documents: Documents, data: Data) -> dict[str, Documents]:
 
 def _chosen(documents: Documents, which: np.ndarray) -> Documents:
     starts = documents.starts
-    return Documents.of([documents.stream[starts[i] : documents.ends[i]] for i in which])
+    cuts, sizes = [slice(starts[i], documents.ends[i]) for i in which], documents.sizes
+    return Documents.of(
+        [documents.stream[cut] for cut in cuts], [sizes[cut] for cut in cuts] if isinstance(sizes, np.ndarray) else sizes
+    )
 
 
 def _between(documents: Documents, low: int, high: int) -> Documents:
     """A range of the stream, a view of it; documents that reach over its borders are cut."""
     inside = documents.ends[(documents.ends > low) & (documents.ends < high)]
-    return Documents(documents.stream[low:high], np.append(inside, high) - low)
+    sizes = documents.sizes[low:high] if isinstance(documents.sizes, np.ndarray) else documents.sizes
+    return Documents(documents.stream[low:high], np.append(inside, high) - low, sizes)
 
 
 def _concat(name: str, documents: Documents, length: int) -> dict[str, np.ndarray]:
     """Consecutive sequences [n, length] of one stream and, one token on, their targets: both views; a shorter rest is dropped."""
     stream = documents.stream
     count = (len(stream) - 1) // length
-    shape = (count, length)
-    return {"inputs": stream[: count * length].reshape(shape), "targets": stream[1 : count * length + 1].reshape(shape)}
+    shape, shifted = (count, length), slice(1, count * length + 1)
+    packed = {"inputs": stream[: count * length].reshape(shape), "targets": stream[shifted].reshape(shape)}
+    if isinstance(documents.sizes, np.ndarray):
+        packed["target_bytes"] = documents.sizes[shifted].reshape(shape)
+    return packed
 
 
 def _first_fit(name: str, documents: Documents, length: int) -> dict[str, np.ndarray]:
@@ -183,14 +197,17 @@ def _first_fit(name: str, documents: Documents, length: int) -> dict[str, np.nda
         array.ravel()[target] = values
         return array
 
-    stream = documents.stream
-    return {
+    stream, sizes = documents.stream, documents.sizes
+    packed = {
         "inputs": placed(stream[source], int(stream.max())),
         "targets": placed(stream[source + 1], int(stream.max())),
         "segments": placed(np.repeat(segments, counts), length),
         "positions": placed(within, length),
         "weights": placed(np.ones(len(within), np.uint8), 1).astype(bool),
     }
+    if isinstance(sizes, np.ndarray):
+        packed["target_bytes"] = placed(sizes[source + 1], int(sizes.max()))
+    return packed
 
 
 def _pieces(documents: Documents, length: int) -> tuple[np.ndarray, np.ndarray]:

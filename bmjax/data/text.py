@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.data import spelling
 from bmjax.data.dataset import Dataset
 from bmjax.data.packing import Documents, sequences
 from bmjax.data.pipeline import Data
 
+_UNSPELT = (
+    "bits per byte are left out: the tokens that {tokenizer} makes of {where} do not spell its text exactly (it normalises, "
+    "drops white space, or has unknown tokens)"
+)
 _FOREIGN = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 
 
@@ -65,7 +70,10 @@ def load_jsonl(argument: str, data: Data) -> Dataset:
                 if not isinstance(found, dict) or not isinstance(found.get(column), str):
                     keys = ", ".join(found) if isinstance(found, dict) else type(found).__name__
                     raise ValueError(f"{where} has no text in {column!r}; it has {keys}; set data.column")
-                yield where, found[column].encode()
+                try:
+                    yield where, found[column].encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"{where} has half of a surrogate pair in {column!r}, which is no text; mend it") from None
 
     return _sequences(f"jsonl:{argument}", documents(), data)
 
@@ -105,8 +113,10 @@ def load_parquet(argument: str, data: Data) -> Dataset:
 
 def _sequences(name: str, documents: Iterator[tuple[str, bytes]], data: Data) -> Dataset:
     """The dataset of documents given as (what an error calls it, UTF-8)."""
+    sizes: list[np.ndarray] | int | None = 1
+    note = ""
     if data.tokenizer:
-        ids, found = _tokenized(documents, data)
+        ids, sizes, found, note = _tokenized(documents, data)
     else:
         ids, found = [np.frombuffer(content, np.uint8) for _, content in documents], 256
     vocabulary = data.vocabulary or max(found, data.end + 1)
@@ -118,27 +128,44 @@ def _sequences(name: str, documents: Iterator[tuple[str, bytes]], data: Data) ->
             f"{name}: data.end is {data.end}; expected an id of the vocabulary, 0 to {vocabulary - 1}, or -1 for none"
         )
     kind = np.min_scalar_type(vocabulary - 1)
-    ends = [np.array([data.end], kind)] if data.end >= 0 else []
-    ids = [np.concatenate([document.astype(kind), *ends]) if ends else document.astype(kind) for document in ids if len(document)]
+    if isinstance(sizes, list):
+        sizes = [document for document in sizes if len(document)]
+    ids = [document.astype(kind, copy=False) for document in ids if len(document)]
     if not ids:
         raise ValueError(f"{name}: there is no text in it; expected at least one document that is not empty")
-    return sequences(name, Documents.of(ids), data, vocabulary)
+    if data.end >= 0:  # it must be predicted like any other, and stands for no text
+        sizes = [np.ones(len(document), np.uint8) for document in ids] if sizes == 1 else sizes
+        sizes = [np.append(document, document.dtype.type(0)) for document in sizes] if isinstance(sizes, list) else sizes
+        ids = [np.append(document, kind.type(data.end)) for document in ids]
+    return sequences(name, Documents.of(ids, sizes), data, vocabulary, note)
 
 
-def _tokenized(documents: Iterator[tuple[str, bytes]], data: Data) -> tuple[list[np.ndarray], int]:
-    """Ids of each document, without special tokens, and the number of ids that the tokenizer has."""
+def _tokenized(documents: Iterator[tuple[str, bytes]], data: Data) -> tuple[list[np.ndarray], list[np.ndarray] | None, int, str]:
+    """Ids of each document, without special tokens; the bytes each stands for; the number of ids; why those bytes are None."""
     tokenizer = _tokenizer(data.tokenizer)
-    texts = []
+    texts, places = [], []
     for where, content in documents:
+        places.append(where)
         try:
             texts.append(content.decode())
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} is no UTF-8 text, which a tokenizer needs: {error}") from None
+    spelt = spelling.spellings(tokenizer)
+    lengths = np.array([len(content) for content in spelt])
+    lengths = lengths.astype(np.min_scalar_type(lengths.max(initial=0)))
     ids: list[np.ndarray] = []
+    sizes: list[np.ndarray] | None = []
+    note = ""
     for first in range(0, len(texts), 256):
         batch = tokenizer.encode_batch_fast(texts[first : first + 256], add_special_tokens=False)
-        ids += [np.array(encoded.ids, np.uint32) for encoded in batch]
-    return ids, tokenizer.get_vocab_size()
+        for place, encoded in enumerate(batch, first):
+            ids.append(np.array(encoded.ids, np.uint32))
+            found = None if sizes is None else spelling.sizes(spelt, lengths, encoded.ids, texts[place].encode())
+            if sizes is not None and found is not None:
+                sizes.append(found)
+            elif sizes is not None:
+                sizes, note = None, _UNSPELT.format(tokenizer=data.tokenizer, where=places[place])
+    return ids, sizes, len(spelt), note
 
 
 def _tokenizer(path: str) -> Any:

@@ -18,6 +18,8 @@ def load(argument: str, data: Data) -> Dataset:
     otherwise: its fingerprint is that of 64 blocks and its size, and ids outside the vocabulary are found in those and in each
     batch.
 
+    Ids of uint8 with a vocabulary of 256 are taken for the bytes of a text.
+
     Raises:
         ValueError: the file is missing, is no .npy, is not one-dimensional, empty or no integers, or as `packing.sequences`.
     """
@@ -37,4 +39,6 @@ def load(argument: str, data: Data) -> Dataset:
         raise ValueError(f"{name}: a file of ids has no documents to pack; set data.packing to concat")
     stream = ids.view(np.ndarray)
     vocabulary = data.vocabulary or max(int(block.max()) for block in blocks(stream)) + 1
-    return sequences(name, Documents(stream, np.array([len(stream)])), data, vocabulary)
+    is_bytes = stream.dtype == np.uint8 and vocabulary == 256
+    note = "" if is_bytes else "bits per byte are left out: a file of ids does not say how many bytes of text each stands for"
+    return sequences(name, Documents(stream, np.array([len(stream)]), 1 if is_bytes else None), data, vocabulary, note)

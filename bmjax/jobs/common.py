@@ -248,6 +248,7 @@ def ship(bench: Bench, net: Net, directory: pathlib.Path, about: dict[str, Any],
         "data_fingerprint": dataset.fingerprint,
         "architecture": architecture.record(model, net.model, params),
         **({} if dataset.kind == "tokens" else {"class_names": list(dataset.class_names)}),
+        **({"vocabulary": dataset.vocabulary} if ids else {}),
         **about,
     }
     return deploy.export(

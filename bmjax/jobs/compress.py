@@ -1,7 +1,8 @@
 """The main job: how small can this model get without getting worse?
 
-big model -> analyse -> propose sizes -> prune with distillation from the original, at fixed shapes -> choose on validation
--> compact once -> retrain -> baselines of equal compute -> test split, once -> export -> report. The same command resumes it.
+big model -> analyse, sensitivity -> propose sizes -> prune with distillation from the original, at fixed shapes
+-> choose on validation -> compact once -> retrain -> baselines of equal compute -> test split, once -> export -> report.
+The same command resumes it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bmjax.config import at_least, field, within
 from bmjax.distill import Distill
 from bmjax.jobs import architecture, common, results
 from bmjax.jobs.common import Net, Terms
-from bmjax.jobs.search import Pruning, analyse, compact, search
+from bmjax.jobs.search import Pruning, analyse, compact, measure_sensitivity, search
 from bmjax.losses import Task
 from bmjax.models import Residual
 from bmjax.train import run as runs
@@ -81,7 +82,8 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         common.record(config, bench)
         big = given or common.train(bench, "big", model, plain, config.big)
         analysis = analyse(bench, big)
-        tried = search(bench, big, analysis, config.prune, distilled, config.budget.max_drop)
+        sensitivity = measure_sensitivity(bench, big, analysis)
+        tried = search(bench, big, analysis, sensitivity, config.prune, distilled, config.budget.max_drop)
         nets = {"big": big}
         held = [candidate for candidate in tried if candidate.holds]
         if held:
@@ -101,7 +103,7 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
             level=config.budget.level,
             latency=dataclasses.asdict(config.latency),
         )
-        return _conclude(config, bench, nets, measured, command)
+        return _conclude(config, bench, nets, {**measured, "sensitivity": sensitivity.as_dict()}, command)
 
 
 def _check(config: Config, bench: Bench, model: Any, plain: Terms, distilled: Terms) -> None:

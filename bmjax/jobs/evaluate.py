@@ -66,6 +66,8 @@ def evaluate(config: Config, command: str) -> dict[str, Any]:
     """
     folder = pathlib.Path(config.model)
     about = _about(folder)
+    if (target := output(config)).is_dir() or not target.parent.is_dir():
+        raise ValueError(f"--output={target} must be a file in a folder that exists")
     config = dataclasses.replace(config, data=_of_its_kind(config.data, about))
     _check_source(config, about)
     parallel.simulate(config.devices)
@@ -81,6 +83,7 @@ def evaluate(config: Config, command: str) -> dict[str, Any]:
         "data": dataset.name,
         "note": "" if same else "these are other data than it was trained on",
         "kind": dataset.kind,
+        "bytes_note": dataset.bytes_note,
         "class_names": list(dataset.class_names),
         **common.scores(found),
     }

@@ -1,14 +1,18 @@
-"""Which smaller sizes to try: depth and the sizes within a layer shrink in balance until a parameter count is met."""
+"""Which smaller sizes to try: what is least sensitive gives most, until a parameter count is met."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
 from bmjax import trees
+from bmjax.prune.curves import Curve, halved
+
+Sizes: TypeAlias = dict[str, int]
 
 
 class Proposal(NamedTuple):
@@ -21,7 +25,7 @@ class Proposal(NamedTuple):
     """
 
     ratio: float
-    sizes: dict[str, int]
+    sizes: Sizes
     parameters: int
 
 
@@ -32,63 +36,67 @@ def parameters(model: Any, sizes: Mapping[str, int], shape: tuple[int, ...]) -> 
     return trees.size(params)
 
 
-def propose(model: Any, whole: Mapping[str, int], ratios: Sequence[float], shape: tuple[int, ...]) -> list[Proposal]:
-    """For each ratio the most balanced sizes that have at most 1 / ratio of the parameters.
+def propose(
+    model: Any, whole: Mapping[str, int], ratios: Sequence[float], shape: tuple[int, ...], curves: Mapping[str, Curve]
+) -> list[Proposal]:
+    """For each ratio the sizes of at most 1 / ratio of the parameters whose worst expected drop is the least.
 
-    For every depth the largest fraction of the other sizes that fits is found by bisection; of these pairs the one is
-    taken whose two fractions are closest to each other.
+    A size is expected to lose what its group's curve says. Every group shrinks as far as some drop allows, the same for all, and
+    that drop is the smallest with which the parameters fit. Groups have few elements or flat curves, so some parameters may be
+    left over then: they go to the groups that are expected to lose most.
 
     Args:
         model: the big model.
-        whole: {size name: elements now} of what may shrink; "layers" is the depth.
+        whole: {size name: elements now} of what may shrink.
         ratios: reductions of the parameter count, above 1, rising.
         shape: of one example's inputs.
+        curves: {size name: the drop of quality by sparsity}, down to one element.
 
     Returns:
         Proposals in the order of the ratios; a ratio that no sizes reach is left out, and so are repetitions.
     """
-    total = parameters(model, {}, shape)
+
+    @functools.cache
+    def count(*sizes: int) -> int:
+        return parameters(model, dict(zip(whole, sizes)), shape)
+
     found: list[Proposal] = []
     for ratio in ratios:
-        best = _balanced(model, whole, total / ratio, shape)
-        if best is not None and all(best[0] != proposal.sizes for proposal in found):
-            found.append(Proposal(ratio, *best))
+        limit = count(*whole.values()) / ratio
+        sizes = _least_harmful(whole, curves, lambda sizes: count(*sizes.values()) <= limit)  # noqa: B023  # called now
+        if sizes is not None and all(sizes != proposal.sizes for proposal in found):
+            found.append(Proposal(ratio, sizes, count(*sizes.values())))
     return found
 
 
-def _balanced(model: Any, whole: Mapping[str, int], limit: float, shape: tuple[int, ...]) -> tuple[dict[str, int], int] | None:
-    inner = {name: size for name, size in whole.items() if name != "layers"}
-    depths = range(1, whole["layers"] + 1) if "layers" in whole else (0,)
-    options = []
-    for depth in depths:
-        layers = {"layers": depth} if depth else {}
-        fraction = _largest_fraction(model, inner, layers, limit, shape)
-        if fraction is not None:
-            sizes = layers | _scaled(inner, fraction)
-            imbalance = abs(math.log(depth / whole["layers"]) - math.log(fraction)) if depth else 0.0
-            options.append((imbalance, sizes))
-    if not options:
+def _least_harmful(whole: Mapping[str, int], curves: Mapping[str, Curve], fits: Callable[[Sizes], bool]) -> Sizes | None:
+    """The sizes that fit at the least worst expected drop; None if not even one element of each fits."""
+    at = lambda drop: {name: size * (1 - curves[name].reach(drop)) for name, size in whole.items()}
+    low, high = -1.0, max(curves[name].drops[-1] for name in whole)
+    if not fits(_whole(at(high))):
         return None
-    _, sizes = min(options, key=lambda option: option[0])
-    return sizes, parameters(model, sizes, shape)
+    if fits(_whole(at(0.0))):
+        high = 0.0
+    low, high = halved(low, high, lambda drop: fits(_whole(at(drop))))
+    # Where curves are flat, one drop allows many sizes: all groups go the same fraction of the way.
+    before, after = at(low), at(high)
+    between = lambda way: _whole({name: before[name] + way * (after[name] - before[name]) for name in whole})
+    _, way = halved(0.0, 1.0, lambda way: fits(between(way)))
+    return _grown(between(way), whole, curves, fits)
 
 
-def _scaled(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
-    return {name: max(1, round(size * fraction)) for name, size in sizes.items()}
+def _whole(sizes: Mapping[str, float]) -> Sizes:
+    """Rounded up, so that no more is lost than was allowed."""
+    return {name: max(1, math.ceil(size - 1e-6)) for name, size in sizes.items()}
 
 
-def _largest_fraction(
-    model: Any, inner: Mapping[str, int], layers: dict[str, int], limit: float, shape: tuple[int, ...]
-) -> float | None:
-    """The largest fraction in (0, 1] of the inner sizes with which the parameters stay within the limit."""
-    fits = lambda fraction: parameters(model, layers | _scaled(inner, fraction), shape) <= limit
-    steps = max(inner.values(), default=1)
-    low, high = 0, steps
-    if fits(1.0):
-        return 1.0
-    if not fits(1 / steps):
-        return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle / steps) else (low, middle)
-    return max(low, 1) / steps
+def _grown(sizes: Sizes, whole: Mapping[str, int], curves: Mapping[str, Curve], fits: Callable[[Sizes], bool]) -> Sizes:
+    """The sizes as large as fits, first those of the groups that are expected to lose most."""
+    lost = {name: curves[name].drop(1 - size / whole[name]) for name, size in sizes.items()}
+    for name in sorted(sizes, key=lambda name: -lost[name]):
+        low, high = sizes[name], whole[name] + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(sizes | {name: middle}) else (low, middle)
+        sizes = sizes | {name: low}
+    return sizes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,9 +18,14 @@ from bmjax.config import above, at_least, field, within
 from bmjax.jobs import common
 from bmjax.jobs.common import Net
 from bmjax.jobs.proposals import Proposal, propose
+from bmjax.prune.curves import curve
 from bmjax.train import run as runs
 from bmjax.train.run import Bench, Run
 from bmjax.types import Group, LossTerm, Params
+
+SENSITIVITY = "sensitivity.json"
+SPARSITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97, 1 - 2**-20)  # the last leaves one element
+EXAMPLES = 2048  # of the validation split, at most, at each point of a curve
 
 
 @dataclasses.dataclass
@@ -113,10 +119,41 @@ def _importance(big: Net, params: Params, split: data.Split) -> np.ndarray:
     return np.asarray(importance(params, inputs))
 
 
+def measure_sensitivity(bench: Bench, big: Net, analysis: Analysis) -> prune.Sensitivity:
+    """Validation accuracy against sparsity of each group, and of each layer's own elements; nothing is trained.
+
+    It is written to the workdir, and read from there if the job was cut.
+    """
+    path = bench.directory / SENSITIVITY
+    if path.exists():
+        return prune.Sensitivity.load(path)
+    valid = bench.dataset.valid
+    every = slice(None, None, math.ceil(len(valid) / EXAMPLES))
+    extra = {name: array[every] for name, array in valid.extra.items()}
+    some = dataclasses.replace(valid, inputs=valid.inputs[every], targets=valid.targets[every], id=valid.id[every], extra=extra)
+
+    def accuracy(params: Params) -> float:
+        return common.evaluate(bench, big._replace(params=params), some).summary["accuracy"]
+
+    found = prune.analyse(
+        accuracy, big.params, sparsities=SPARSITIES, criterion=_criterion(analysis), pattern=prune.groups(analysis.groups)
+    )
+    found.save(path)
+    return found
+
+
+def _criterion(analysis: Analysis) -> prune.Criterion:
+    """What an element is worth: its magnitude, and a layer what it changes."""
+    if not len(analysis.importance):
+        return prune.magnitude()
+    return prune.given({"layers": jnp.asarray(analysis.importance)}, otherwise=prune.magnitude())
+
+
 def search(
     bench: Bench,
     big: Net,
     analysis: Analysis,
+    sensitivity: prune.Sensitivity,
     config: Pruning,
     terms: Mapping[str, tuple[float, LossTerm]],
     max_drop: float,
@@ -128,7 +165,8 @@ def search(
     whole = {group.name: group.size for group in analysis.groups}
     reference = common.evaluate(bench, big, bench.dataset.valid).summary["accuracy"]
     tried: list[Candidate] = []
-    proposals = propose(big.model, whole, config.ratios, bench.dataset.shape)
+    curves = {name: curve(sensitivity, name) for name in whole}
+    proposals = propose(big.model, whole, config.ratios, bench.dataset.shape, curves)
     for ratio in sorted(set(config.ratios) - {proposal.ratio for proposal in proposals}):
         logging.warning("%gx fewer parameters is not tried: no sizes reach it, or a ratio before it has the same sizes", ratio)
     for proposal in proposals:
@@ -152,15 +190,12 @@ def _prune(
 ) -> tuple[Net, dict[str, np.ndarray]]:
     """One pruning run, from the big model and with it as teacher."""
     run = config.run
-    criterion = prune.magnitude()
-    if len(analysis.importance):
-        criterion = prune.given({"layers": jnp.asarray(analysis.importance)}, otherwise=criterion)
     begin, end = int(config.begin * run.steps), max(int(config.end * run.steps), 1)
 
     def around(optimizer: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         return prune.around(
             optimizer,
-            criterion,
+            _criterion(analysis),
             sparsity={group.name: 1 - proposal.sizes[group.name] / group.size for group in analysis.groups},
             pattern=prune.groups(analysis.groups),
             schedule=prune.cubic(min(begin, end - 1), end),

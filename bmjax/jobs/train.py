@@ -66,6 +66,18 @@ class Config:
     predict: bool = field(False, "run the exported file on the test split with experiments.predict, and write predictions.csv")
     code: dict[str, str] = configs.recorded("SHA-256 of the config file and of the modules beside it that it imports")
 
+    def validate(self) -> None:
+        """Raises ValueError if a function of the user's takes other arguments than it will be called with."""
+        own = self.transform if isinstance(self.transform, list) else [self.transform]
+        functions: list[tuple[str, Any, tuple[str, ...]]] = [("transform", one, ("optimiser", "steps")) for one in own]
+        functions += [("views", view, ("params", "opt_state", "step")) for view in self.views]
+        functions += [("model", self.model, ("shape", "classes"))] if not hasattr(self.model, "build") else []
+        functions += [(f"terms[{name!r}]", term, ("student", "teacher", "batch")) for name, (_, term) in self.terms.items()]
+        functions += [("data.source", self.data.source, ())]
+        for where, function, arguments in functions:
+            if callable(function) and (wrong := configs.misfit(function, arguments)):
+                raise ValueError(f"config.{where}: {wrong}")
+
     def wrap(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """The optimiser with the user's transforms and pruning, for a run of `steps` updates.
 
@@ -126,7 +138,8 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
             "command": command,
             "kind": bench.dataset.kind,
             "models": [_measured(bench, name, net, teacher) for name, net in nets.items()],
-            "bigram_bits": _bigram_bits(bench.dataset),
+            **_bigram(bench.dataset),
+            "bytes_note": bench.dataset.bytes_note,
         }
         common.write_json(workdir / RESULTS, results)
         return results
@@ -167,16 +180,22 @@ def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[st
     }
 
 
-def _bigram_bits(dataset: data.Dataset) -> float | None:
-    """Bits per token on the test split of the bigram model of the train split: what a language model must beat.
-
-    None where rows hold padding or several documents, whose neighbours say nothing, and for vocabularies of which most pairs
-    are never seen.
+def _bigram(dataset: data.Dataset) -> dict[str, float | None]:
+    """{"bigram_bits", "bigram_bits_per_byte"} on the test split of the bigram model of the train split: what a language model
+    must beat. The first is a token's; None for vocabularies of which most pairs are never seen.
     """
-    if dataset.kind != "tokens" or dataset.classes > 4096 or dataset.train.extra:
-        return None
-    train, test = (np.concatenate([split.inputs[:, :1], split.targets], axis=1) for split in (dataset.train, dataset.test))
-    return measure.bigram_bits(train, test, dataset.classes)
+    if dataset.kind != "tokens" or dataset.classes > 4096:
+        return {"bigram_bits": None, "bigram_bits_per_byte": None}
+    train, test = (_pairs(split) for split in (dataset.train, dataset.test))
+    bits, text_bytes = measure.bigram_bits(train, test, dataset.classes), dataset.test.text_bytes
+    return {"bigram_bits": bits, "bigram_bits_per_byte": bits * len(test) / text_bytes if text_bytes else None}
+
+
+def _pairs(split: data.Split) -> np.ndarray:
+    """Every input beside its target, ints [tokens, 2]: all that a model is asked, without padding and across no border."""
+    pairs = np.stack([split.inputs.reshape(-1), split.targets.reshape(-1)], axis=1)
+    weights = split.extra.get("weights")
+    return pairs if weights is None else pairs[np.broadcast_to(weights > 0, split.targets.shape).reshape(-1)]
 
 
 def _write_test(bench: Bench, path: pathlib.Path) -> None:

@@ -45,7 +45,7 @@ def evaluate(
     classes: int,
     teacher_logits_fn: Callable[[Batch], jax.Array] | None = None,
     kind: str = "",
-    bytes_per_token: float | None = None,
+    text_bytes: int | None = None,
 ) -> Evaluation | TokenEvaluation:
     """Scores a model on batches, one step in flight; padding (weight 0) is dropped.
 
@@ -56,7 +56,7 @@ def evaluate(
         teacher_logits_fn: like logits_fn, for the agreement with the teacher.
         kind: "classes" gives an `Evaluation`, "tokens" a `TokenEvaluation`; "" takes the latter for targets [B, T] of more than
             `CONFUSION` classes.
-        bytes_per_token: see `summary_of_tokens`.
+        text_bytes: of all batches together, see `summary_of_tokens`.
 
     Raises:
         ValueError: no batches, a model whose logits have other classes, an unknown kind; further as `summary` or
@@ -69,7 +69,7 @@ def evaluate(
     if first is None:
         raise ValueError("the evaluation split is empty: it gave no batch")
     if kind == "tokens":
-        return gather_tokens([first, *(part for _, part in scored)], bytes_per_token)
+        return gather_tokens([first, *(part for _, part in scored)], text_bytes)
     total, *columns = first
     kept = [_kept(*columns)]
     for _, (counted, *columns) in scored:

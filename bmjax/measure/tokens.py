@@ -98,16 +98,17 @@ def _count(marks: jax.Array) -> jax.Array:
     return jnp.sum(marks, axis=1, dtype=jnp.int32)
 
 
-def summary_of_tokens(tally: TokenTally, bytes_per_token: float | None = None) -> dict[str, Any]:
+def summary_of_tokens(tally: TokenTally, text_bytes: int | None = None) -> dict[str, Any]:
     """A language model's figures as plain floats and ints, every token counting the same.
 
     Args:
         tally: of all sequences; its arrays on the host.
-        bytes_per_token: how many bytes of the text a token stands for on average; 1 where tokens are bytes.
+        text_bytes: bytes of the text that all tokens counted here stand for together.
 
     Returns:
-        nll (mean, nats); bits_per_token; bits_per_byte (None without `bytes_per_token`); perplexity; accuracy (of the likeliest
-        token); ece; teacher_agreement (None without a teacher); count (tokens); sequences.
+        nll (mean, nats); bits_per_token; bits_per_byte (all nats / ln 2 / `text_bytes`, None without them, or where there are
+        none); perplexity; accuracy (of the likeliest token); ece; teacher_agreement (None without a teacher); count (tokens);
+        sequences; text_bytes.
 
     Raises:
         ValueError: nothing was counted, targets are no token of the model, or logits are NaN.
@@ -117,29 +118,30 @@ def summary_of_tokens(tally: TokenTally, bytes_per_token: float | None = None) -
         raise ValueError("the evaluation split is empty: no token has a weight above 0")
     if outside:
         raise ValueError(f"{outside} of {count} targets are no token of the model; check vocabulary and tokenizer")
-    nll = float(tally.nll.sum(dtype=np.float64) / count)
+    nats = float(tally.nll.sum(dtype=np.float64))
+    nll = nats / count
     if math.isnan(nll):
         raise ValueError("the model's logits hold NaN; it has diverged, or the inputs hold NaN")
-    bits = nll / math.log(2)
     hits, confidence = tally.bin_hits.sum(0, dtype=np.int64), tally.bin_confidence.sum(0, dtype=np.float64)
     return {
         "nll": nll,
-        "bits_per_token": bits,
-        "bits_per_byte": None if bytes_per_token is None else bits / bytes_per_token,
+        "bits_per_token": nll / math.log(2),
+        "bits_per_byte": nats / math.log(2) / text_bytes if text_bytes else None,
         "perplexity": math.exp(nll) if nll < 700 else math.inf,
         "accuracy": float(tally.hits.sum(dtype=np.int64) / count),
         "ece": float(np.abs(hits - confidence).sum() / count),
         "teacher_agreement": None if tally.agreement is None else float(tally.agreement.sum(dtype=np.int64) / count),
         "count": count,
         "sequences": int(np.count_nonzero(tally.tokens)),
+        "text_bytes": text_bytes,
     }
 
 
-def gather_tokens(parts: Sequence[tuple[TokenTally, np.ndarray]], bytes_per_token: float | None = None) -> TokenEvaluation:
+def gather_tokens(parts: Sequence[tuple[TokenTally, np.ndarray]], text_bytes: int | None = None) -> TokenEvaluation:
     """The evaluation of (tally, ids) of all batches, on the host. Raises ValueError as `summary_of_tokens`."""
     tallies, ids = zip(*parts)
     whole = jax.tree.map(lambda *rows: np.concatenate(rows), *tallies)
-    summary, order = summary_of_tokens(whole, bytes_per_token), np.argsort(np.concatenate(ids), kind="stable")
+    summary, order = summary_of_tokens(whole, text_bytes), np.argsort(np.concatenate(ids), kind="stable")
     order = order[whole.tokens[order] > 0]
     columns = (whole.nll.astype(np.float64), whole.hits.astype(np.int64), whole.tokens.astype(np.int64), np.concatenate(ids))
     return TokenEvaluation(summary, *(column[order] for column in columns))

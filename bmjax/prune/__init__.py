@@ -7,12 +7,17 @@ Score, pattern, allocation and schedule are separate choices, each a small funct
 
 from bmjax.prune.allocation import Allocation, by_layer, erdos_renyi, erdos_renyi_kernel, global_threshold, owl, uniform
 from bmjax.prune.calibration import Calibrated, LayerRow, Method, layerwise, smallest, sparsegpt, wanda
+from bmjax.prune.carrying import carriers
 from bmjax.prune.criteria import Criterion, Seen, fisher, given, magnitude, movement, per_weight, random, saliency, taylor
+from bmjax.prune.curves import from_sensitivity
+from bmjax.prune.gated_model import Gated, gated, l0_term
+from bmjax.prune.gates import Gates, hard_concrete
 from bmjax.prune.masking import AroundState, SparsifyState
 from bmjax.prune.patterns import Pattern, block, channel, groups, left_out, n_m, unstructured
 from bmjax.prune.reconstruction import sparsegpt_update, wanda_mask
 from bmjax.prune.report import Report, Row, keeps, masks, prunes, sparsity_report
 from bmjax.prune.schedules import Schedule, constant, cubic, iterative, linear, one_shot, periodic, polynomial
+from bmjax.prune.sensitivity import Sensitivity, analyse
 from bmjax.prune.settings import Sparsity
 from bmjax.prune.sparse_training import ac_dc, rewind, rigl, sparse_evolution, static_sparse
 from bmjax.prune.straight import StraightThrough, straight_through
@@ -24,6 +29,8 @@ __all__ = [
     "AroundState",
     "Calibrated",
     "Criterion",
+    "Gated",
+    "Gates",
     "LayerRow",
     "Method",
     "Pattern",
@@ -31,26 +38,33 @@ __all__ = [
     "Row",
     "Schedule",
     "Seen",
+    "Sensitivity",
     "SparsifyState",
     "Sparsity",
     "StraightThrough",
     "ac_dc",
+    "analyse",
     "around",
     "block",
     "block_mask",
     "by_layer",
+    "carriers",
     "channel",
     "constant",
     "cubic",
     "erdos_renyi",
     "erdos_renyi_kernel",
     "fisher",
+    "from_sensitivity",
+    "gated",
     "given",
     "global_threshold",
     "groups",
+    "hard_concrete",
     "iterative",
     "keeps",
     "kth_largest",
+    "l0_term",
     "layerwise",
     "left_out",
     "linear",

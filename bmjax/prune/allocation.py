@@ -210,11 +210,13 @@ def owl(outlier: float = 5.0, spread: float = 0.08) -> Allocation:
     def adapt(scores: Mapping[str, jax.Array], targets: Targets) -> dict[str, jax.Array]:
         ratios, sizes, places = [], [], [0]
         for name, leaf in scores.items():
-            rows = leaf.reshape(max(targets[name].size, 1), -1).astype(jnp.float32)
-            rows = jnp.where(jnp.isfinite(rows), rows, 0.0)  # what is dropped already ranks at -inf
-            ratios.append(jnp.mean(rows > outlier * rows.mean(-1, keepdims=True), axis=-1, dtype=jnp.float32))
-            sizes.extend([rows.shape[1]] * len(rows))
-            places.append(places[-1] + len(rows))
+            # The axes stay as they are: rows of all of a layer would be gathered where it is partitioned.
+            layers = leaf.astype(jnp.float32).reshape(-1, *leaf.shape[targets[name].ndim :])
+            layers = jnp.where(jnp.isfinite(layers), layers, 0.0)  # what is dropped already ranks at -inf
+            inner = tuple(range(1, layers.ndim))
+            ratios.append(jnp.mean(layers > outlier * layers.mean(inner, keepdims=True), axis=inner, dtype=jnp.float32))
+            sizes.extend([math.prod(layers.shape[1:])] * len(layers))
+            places.append(places[-1] + len(layers))
         share = np.asarray(sizes, np.float64) / sum(sizes)
         line = jnp.concatenate(ratios)
         deviation = line - jnp.sum(line * share)

@@ -15,6 +15,7 @@ import optax
 from bmjax import trees
 from bmjax.prune import packing
 from bmjax.prune.patterns import masked
+from bmjax.trace import zeros
 from bmjax.types import Params
 
 
@@ -52,13 +53,14 @@ class Masking(NamedTuple):
     Attributes:
         name: for messages.
         init: params -> state before the first update.
-        advance: (gradients or updates, state, params) -> state after it.
+        advance: (gradients or updates, state, params) -> the same without those of weights that have just grown, and the state
+            after it.
         gradients: True if it must see raw gradients.
     """
 
     name: str
     init: Callable[[Params], SparsifyState]
-    advance: Callable[[Params, SparsifyState, Params], SparsifyState]
+    advance: Callable[[Params, SparsifyState, Params], tuple[Params, SparsifyState]]
     gradients: bool
 
 
@@ -75,15 +77,40 @@ def when(due: jax.Array, renew: Callable[[SparsifyState], SparsifyState], state:
     A loop of one round or none, and no `cond`: under `vmap` a `cond` turns into a choice between both results, and every model
     would rank its weights at every step, where a loop runs only while one of them is due.
     """
-    carried = (due, state.masks, state.keeps, state.nans, state.cuts)
+    return when_with_gradients(due, lambda state, _: (renew(state), ()), state, ())[1]
+
+
+def when_with_gradients(
+    due: jax.Array,
+    renew: Callable[[SparsifyState, Params], tuple[SparsifyState, Params]],
+    state: SparsifyState,
+    gradients: Params,
+) -> tuple[Params, SparsifyState]:
+    """As `when`, with gradients that go through the loop, where `renew` may change them in place.
+
+    They also order things: masks are renewed after the forward pass has read the old ones, and before parameters are updated.
+    Without that order the compiler copies masks, and parameters that scores are made of, at every step.
+
+    Returns:
+        (gradients, state).
+    """
 
     def body(carry: Any) -> Any:
-        _, *old = carry
-        new = renew(state._replace(masks=old[0], keeps=old[1], nans=old[2], cuts=old[3]))
-        return jnp.zeros_like(due), new.masks, new.keeps, new.nans, new.cuts
+        going, (masks, keeps, nans, cuts), gradients = carry
+        new, gradients = renew(state._replace(masks=masks, keeps=keeps, nans=nans, cuts=cuts), gradients)
+        # Always true, which the compiler does not know: what a loop leaves alone it would take out of it.
+        gradients = jax.tree.map(lambda g: jnp.where(going, g, 0), gradients)
+        return jnp.zeros_like(going), (new.masks, new.keeps, new.nans, new.cuts), gradients
 
-    _, masks, keeps, nans, cuts = jax.lax.while_loop(lambda carry: carry[0], body, carried)
-    return state._replace(masks=masks, keeps=keeps, nans=nans, cuts=cuts)
+    carried = (due, (state.masks, state.keeps, state.nans, state.cuts), gradients)
+    _, (masks, keeps, nans, cuts), gradients = jax.lax.while_loop(lambda carry: carry[0], body, carried)
+    return gradients, state._replace(masks=masks, keeps=keeps, nans=nans, cuts=cuts)
+
+
+def without_fresh(gradients: Params, new: SparsifyState, old: SparsifyState) -> Params:
+    """Gradients without those of weights that have just grown: these start with nothing."""
+    masks = (packing.unpacked(state.masks, gradients) for state in (new, old))
+    return masked(gradients, jax.tree.map(lambda new, old: old | ~new, *masks))
 
 
 def due(step: jax.Array, begin: int, end: int | None, every: int) -> jax.Array:
@@ -111,7 +138,7 @@ def last(masking: Masking) -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
         _check_call("sparsify", params, params)
-        state = masking.advance(updates, state, params)
+        updates, state = masking.advance(updates, state, params)
         return emit(packing.unpacked(state.masks, params), updates, params), state
 
     return optax.GradientTransformationExtraArgs(masking.init, update)
@@ -125,7 +152,7 @@ def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
 
     def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
         _check_call("straight_through", params, params)
-        return updates, masking.advance(updates, state, params)
+        return masking.advance(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(masking.init, update)
 
@@ -139,11 +166,17 @@ def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.Gra
 
     def update(gradients: Params, state: AroundState, params: Params = None, **extra: Any) -> tuple[Params, AroundState]:
         _check_call("around", params, (gradients, params))
-        seen = masked(gradients, packing.unpacked(state.pruning.masks, params))
-        updates, inner = wrapped.update(seen, state.inner, params, **extra)
-        pruning = masking.advance(gradients, state.pruning, params)
+        gradients, pruning = masking.advance(gradients, state.pruning, params)
         masks = packing.unpacked(pruning.masks, params)
-        return emit(masks, updates, params), AroundState(_zero_dropped(inner, masks, params), pruning)
+        seen = masked(gradients, masks)
+        places = _places(state.inner, params)
+        step = lambda seen, inner: wrapped.update(seen, inner, params, **extra)
+        # Zeroed before the step: where the optimiser makes zeros of zeros, nothing is left to do after it, and the compiler can
+        # update parameters and moments in place. Zeroed after it, all moments would be copied at every step.
+        updates, inner = step(seen, _zeroed(state.inner, masks, places))
+        left = set(places) - _kept_zero(step, seen, state.inner, places)
+        inner = _zeroed(inner, masks, {path: places[path] for path in places if path in left})
+        return emit(masks, updates, params), AroundState(inner, pruning)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -162,19 +195,35 @@ def _check_call(name: str, params: Params | None, seen: Any) -> None:
             )
 
 
-def _zero_dropped(inner: Any, masks: Params, params: Params) -> Any:
-    """Zeros every leaf of an optimiser's state that holds one number a weight, where the weight is dropped.
+def _places(inner: Any, params: Params) -> dict[str, str]:
+    """{path in an optimiser's state: path of the parameter} of every leaf that holds one number a weight.
 
     Such a leaf is known by its place and not by its class: its path ends in the parameter's and it has its shape.
     """
     # Longest path first: "b/kernel" must not take what belongs to "a/b/kernel".
-    known = sorted(trees.paths(masks).items(), key=lambda item: -len(item[0]))
-    shapes = {path: leaf.shape for path, leaf in trees.paths(params).items()}
+    known = sorted(trees.paths(params).items(), key=lambda item: -len(item[0]))
+    found = {}
+    for path, leaf in trees.paths(inner).items():
+        for name, param in known:
+            if (path == name or path.endswith("/" + name)) and jnp.shape(leaf) == param.shape:
+                found[path] = name
+                break
+    return found
 
-    def zeroed(path: str, leaf: Any) -> Any:
-        for param_path, mask in known:
-            if (path == param_path or path.endswith("/" + param_path)) and jnp.shape(leaf) == shapes[param_path]:
-                return leaf if mask.ndim == 0 else jnp.where(mask, leaf, jnp.zeros_like(leaf))
-        return leaf
 
-    return trees.map_with_path(zeroed, inner)
+def _zeroed(inner: Any, masks: Params, places: dict[str, str]) -> Any:
+    """An optimiser's state with zeros where weights are dropped."""
+    known = trees.paths(masks)
+
+    def zero(path: str, leaf: Any) -> Any:
+        mask = known[places[path]] if path in places else None
+        return leaf if mask is None or mask.ndim == 0 else jnp.where(mask, leaf, jnp.zeros_like(leaf))
+
+    return trees.map_with_path(zero, inner)
+
+
+def _kept_zero(step: Callable[..., Any], gradients: Params, inner: Any, places: dict[str, str]) -> set[str]:
+    """Paths of an optimiser's state that are zero after a step where they and the gradient were zero before it."""
+    names = [*trees.paths(gradients), *(places.get(path) for path in trees.paths(inner))]
+    found = zeros.zero_where(lambda gradients, inner: step(gradients, inner)[1], (gradients, inner), names)
+    return {path for path, name in zip(trees.paths(inner), found) if path in places and name == places[path]}

@@ -52,8 +52,9 @@ def static_sparse(
             raise ValueError("masks are given, and a sparsity or allocation too; leave one of them out")
         return masking.wrap(optimizer, _fixed(masks, packed))
     chosen = _random(sparsity, allocation, where, stacked, seed)
-    still = lambda incoming, state, params: state._replace(count=optax.safe_increment(state.count))
-    return masking.wrap(optimizer, Masking("static_sparse", lambda params: _start(chosen, params, packed), still, gradients=True))
+    return masking.wrap(
+        optimizer, Masking("static_sparse", lambda params: _start(chosen, params, packed), _still, gradients=True)
+    )
 
 
 def sparse_evolution(
@@ -153,21 +154,23 @@ def ac_dc(
         whole = trees.map_with_path(lambda path, leaf: jnp.ones(leaf.shape, bool) if path in names else true, params)
         return masking.blank(whole, thresholds=plan.problems(chosen, found, plan.targets(chosen, found)), packed=packed)
 
-    def advance(gradients: Params, state: SparsifyState, params: Params) -> SparsifyState:
+    def advance(gradients: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:
         step = state.count
         sparse = ((step - begin) // phase % 2 == 0) | (step >= end)
         turns = (step == end) | ((step >= begin) & (step < end) & ((step - begin) % phase == 0))
 
-        def renew(held: SparsifyState) -> SparsifyState:
+        def renew(held: SparsifyState, gradients: Params) -> tuple[SparsifyState, Params]:
             found = plan.parts(chosen, params)
             raw = {path: jnp.abs(leaf) for path, leaf in trees.paths(params).items()}
             raw = {part.name: raw[part.name] for part in found if part.name in plan.targets(chosen, found)}
             choice = plan.choose(chosen, found, raw, jnp.int32(0), None, held.cuts)
             masks = trees.map_with_path(lambda path, _: choice.masks.get(path, jnp.ones((), bool)), params)
             masks = jax.tree.map(lambda mask: mask | ~sparse, masks)
-            return held._replace(masks=_stored(masks, packed), nans=choice.nans, cuts=choice.cuts)
+            new = held._replace(masks=_stored(masks, packed), nans=choice.nans, cuts=choice.cuts)
+            return new, masking.without_fresh(gradients, new, held)
 
-        return masking.when(turns, renew, state)._replace(count=optax.safe_increment(step))
+        gradients, state = masking.when_with_gradients(turns, renew, state, gradients)
+        return gradients, state._replace(count=optax.safe_increment(step))
 
     return masking.wrap(optimizer, Masking("ac_dc", init, advance, gradients=True))
 
@@ -209,8 +212,11 @@ def _fixed(masks: Params, packed: bool) -> Masking:
         _check_masks(masks, params)
         return masking.blank(jax.tree.map(jnp.asarray, masks), packed=packed)
 
-    still = lambda incoming, state, params: state._replace(count=optax.safe_increment(state.count))
-    return Masking("static_sparse", init, still, gradients=True)
+    return Masking("static_sparse", init, _still, gradients=True)
+
+
+def _still(gradients: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:
+    return gradients, state._replace(count=optax.safe_increment(state.count))
 
 
 def _check_masks(masks: Params, params: Params) -> None:
@@ -236,12 +242,12 @@ def _evolving(name: str, chosen: Plan, grow: _Grow, begin: int, end: int, every:
             "expected 0 <= begin < end, every >= 1 and drop in (0, 1)"
         )
 
-    def advance(gradients: Params, state: SparsifyState, params: Params) -> SparsifyState:
+    def advance(gradients: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:
         step = state.count
         due = (step > begin) & (step <= end) & ((step - begin) % every == 0)
         fraction = 0.5 * drop * (1 + jnp.cos(math.pi * jnp.clip((step - begin) / (end - begin), 0.0, 1.0)))
 
-        def renew(held: SparsifyState) -> SparsifyState:
+        def renew(held: SparsifyState, gradients: Params) -> tuple[SparsifyState, Params]:
             found = [part for part in plan.parts(chosen, params) if part.name in plan.targets(chosen, plan.parts(chosen, params))]
             old = trees.paths(packing.unpacked(held.masks, params))
             weights, slopes = trees.paths(params), trees.paths(gradients)
@@ -249,9 +255,11 @@ def _evolving(name: str, chosen: Plan, grow: _Grow, begin: int, end: int, every:
             nans = sum((jnp.sum(jnp.isnan(score), dtype=jnp.int32) for score in scores), start=jnp.int32(0))
             masks = _exchange(chosen, found, [old[part.name] for part in found], weights, scores, fraction)
             whole = trees.map_with_path(lambda path, _: masks.get(path, jnp.ones((), bool)), params)
-            return held._replace(masks=_stored(whole, packed), nans=nans)
+            new = held._replace(masks=_stored(whole, packed), nans=nans)
+            return new, masking.without_fresh(gradients, new, held)
 
-        return masking.when(due, renew, state)._replace(count=optax.safe_increment(step))
+        gradients, state = masking.when_with_gradients(due, renew, state, gradients)
+        return gradients, state._replace(count=optax.safe_increment(step))
 
     return Masking(name, lambda params: _start(chosen, params, packed), advance, gradients=True)
 

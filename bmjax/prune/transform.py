@@ -44,18 +44,24 @@ def gradual(chosen: Plan, *, packed: bool = False, free: bool = False) -> Maskin
         count = plan.problems(chosen, found, asked)
         return masking.blank(masks, keeps=keeps, thresholds=count, statistics=statistics, packed=packed)
 
-    def advance(incoming: Params, state: SparsifyState, params: Params) -> SparsifyState:
+    def advance(incoming: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:
         # Scores read the weights that the gradients were taken at, not the updated ones: |w g| needs both at one point, and a
         # branch that reads the updates would keep the compiler from fusing the optimiser with what follows.
-        before = packing.unpacked(state.masks, params)
-        seen = Seen(params if free else masked(params, before), incoming, state.statistics)
-        state = state._replace(statistics=chosen.criterion.observe(seen))
+        def seen(state: SparsifyState, incoming: Params) -> Seen:
+            return Seen(params if free else masked(params, packing.unpacked(state.masks, params)), incoming, state.statistics)
+
+        def renew(held: SparsifyState, incoming: Params) -> tuple[SparsifyState, Params]:
+            return _renewed(chosen, held, seen(held, incoming), params, packed, free), incoming
+
+        state = state._replace(statistics=chosen.criterion.observe(seen(state, incoming)))
         schedule = chosen.schedule
         now = masking.due(state.count, schedule.begin, schedule.end, chosen.every)
         if free:  # weights that are still there are followed for ever
             now |= masking.due(state.count, schedule.begin, None, chosen.every)
-        new = masking.when(now, lambda held: _renewed(chosen, held, seen, params, packed, free), state)
-        return new._replace(count=optax.safe_increment(state.count))
+            incoming, state = masking.when_with_gradients(now, renew, state, incoming)
+        else:
+            state = masking.when(now, lambda held: renew(held, incoming)[0], state)
+        return incoming, state._replace(count=optax.safe_increment(state.count))
 
     return Masking(chosen.criterion.name, init, advance, chosen.criterion.gradients)
 
@@ -66,7 +72,7 @@ def _renewed(chosen: Plan, state: SparsifyState, seen: Seen, params: Params, pac
     pruned = [part for part in found if part.name in asked]
     before = trees.paths(packing.unpacked(state.masks, params))
     old = None if free else state.keeps or {part.name: before[part.name] for part in pruned}
-    raw = plan.scores(chosen, seen._replace(statistics=state.statistics), [part.name for part in pruned])
+    raw = plan.scores(chosen, seen, [part.name for part in pruned])
     choice = plan.choose(chosen, found, raw, state.count, old, state.cuts)
     masks = _masks(chosen, choice, params)
     stored = jax.tree.map(packing.pack, masks) if packed else masks

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bmjax.report import numbers, pictures
+from bmjax.report import numbers, pictures, sensitivity
 from bmjax.report.markup import Markup, join, tag
 from bmjax.report.style import STYLE
 from bmjax.report.table import Row, footnote, headline, model, rows, sentence
@@ -22,7 +22,8 @@ def write(results: Mapping[str, Any], path: str | os.PathLike[str]) -> pathlib.P
 
     Args:
         results: JSON-like. `title`, `verdict` and `models` are needed; `task`, `command`, `seed`, `created`, `environment`,
-            `class_names`, `candidates`, `structure`, `curves`, `files` and `notes` may be missing, and so may any figure.
+            `class_names`, `candidates`, `structure`, `sensitivity`, `curves`, `files` and `notes` may be missing, and so may any
+            figure.
         path: the file; its folder is made.
 
     Raises:
@@ -50,6 +51,7 @@ def page(results: Mapping[str, Any]) -> str:
         _cards(results),
         _comparison(results),
         _structure(results.get("structure") or {}),
+        sensitivity.section(results.get("sensitivity") or {}),
         _candidates(results.get("candidates") or ()),
         _curves(results.get("curves") or {}),
         _confusions(results),

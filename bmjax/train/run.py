@@ -228,7 +228,8 @@ def _scores(bench: Bench, problem: Problem, state: TrainState) -> dict[str, floa
     """What is logged of the validation split."""
     logits = functools.partial(predictor(cast(Any, problem.model)), result(problem, state), state.model_state)
     found = evaluate(bench, logits, bench.dataset.valid).summary
-    return {name: found[name] for name in ("accuracy", "nll", "bits_per_token", "perplexity") if name in found}
+    names = ("accuracy", "nll", "bits_per_token", "bits_per_byte", "perplexity")
+    return {name: found[name] for name in names if found.get(name) is not None}
 
 
 @functools.lru_cache(maxsize=16)
@@ -262,14 +263,13 @@ def score(
     teacher: Callable[[Batch], jax.Array] | None = None,
 ) -> measure.Evaluation | measure.TokenEvaluation:
     """`evaluate` on a split's batches, wherever they are."""
-    is_bytes = dataset.kind == "tokens" and dataset.classes == 256 and split.inputs.dtype == np.uint8
     return measure.evaluate(
         logits,
         batches,
         classes=dataset.classes,
         teacher_logits_fn=teacher,
         kind=dataset.kind,
-        bytes_per_token=1.0 if is_bytes else None,
+        text_bytes=split.text_bytes,
     )
 
 
