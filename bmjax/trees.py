@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +48,26 @@ def replace(tree: Any, leaves: dict[str, Any]) -> Any:
     if unknown:
         raise ValueError(f"no parameter is called {sorted(unknown)[0]!r}; there are {', '.join(paths(tree))}")
     return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
+
+
+def places(tree: Any, like: Any, fits: Callable[[Any, Any], bool]) -> dict[str, str]:
+    """Where a tree, such as an optimiser's state, holds copies of another: {path in the tree: path in the other}.
+
+    By structure and not by class: a copy's path ends in the leaf's own. What comes before it is where the copy begins, and of
+    several readings ("mu/kernel" below "0", or "kernel" below "0/mu") the one whose copy holds the most leaves is right.
+
+    Args:
+        tree: where to look.
+        like: the tree that it may hold copies of, whole or in part.
+        fits: (leaf, leaf of `like`) -> whether one may be a copy of the other, by shape.
+    """
+    known, readings, copies = paths(like), {}, collections.Counter[str]()
+    for path, leaf in paths(tree).items():
+        parts = path.split("/")
+        ends = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts) + 1)]
+        readings[path] = [(start, name) for start, name in ends if name in known and fits(leaf, known[name])]
+        copies.update(start for start, _ in readings[path])
+    return {path: max(found, key=lambda it: (copies[it[0]], len(it[1])))[1] for path, found in readings.items() if found}
 
 
 def select(tree: Any, pattern: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -52,8 +53,9 @@ def partition(params: Any, rules: Rules, mesh: Mesh) -> Any:
 def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings for a tree that holds copies of the parameters in places, such as an optimiser's state.
 
-    A leaf whose path ends in a parameter's path and that has its shape is partitioned like it; everything else is
-    replicated. By structure and not by class, so it holds for any optimiser, masked or wrapped.
+    A leaf in a parameter's place (`trees.places`) and of its shape is partitioned like it. One that differs along a single axis,
+    such as a mask packed eight weights to a word, is partitioned like it too, but whole along an axis that does not divide.
+    Everything else is replicated.
 
     Args:
         tree: tree of arrays or ShapeDtypeStructs.
@@ -61,14 +63,20 @@ def like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
         shardings: their shardings, same structure.
         mesh: the mesh of the shardings.
     """
-    # Longest path first: "b/kernel" must not take what belongs to "a/b/kernel".
-    known = sorted(zip(trees.paths(params).items(), jax.tree.leaves(shardings)), key=lambda item: -len(item[0][0]))
+    known = dict(zip(trees.paths(params), jax.tree.leaves(shardings)))
+    found = trees.places(tree, params, lambda leaf, param: _like(leaf.shape, param.shape))
     whole = NamedSharding(mesh, PartitionSpec())
+    return trees.map_with_path(lambda path, leaf: _fitting(known[found[path]], leaf.shape) if path in found else whole, tree)
 
-    def of(path: str, leaf: Any) -> NamedSharding:
-        for (param_path, param), sharding in known:
-            if (path == param_path or path.endswith("/" + param_path)) and leaf.shape == param.shape:
-                return sharding
-        return whole
 
-    return trees.map_with_path(of, tree)
+def _like(shape: tuple[int, ...], of: tuple[int, ...]) -> bool:
+    """The same shape, or one that differs along a single axis of several."""
+    return len(shape) == len(of) and sum(a != b for a, b in zip(shape, of)) <= (len(of) > 1)
+
+
+def _fitting(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding without the mesh axes that do not divide the shape."""
+    names = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in sharding.spec]
+    parts = [math.prod(sharding.mesh.shape[name] for name in axes) for axes in names]
+    spec = [axes if size % n == 0 else None for axes, n, size in zip(sharding.spec, parts, shape)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))

@@ -169,7 +169,7 @@ def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.Gra
         gradients, pruning = masking.advance(gradients, state.pruning, params)
         masks = packing.unpacked(pruning.masks, params)
         seen = masked(gradients, masks)
-        places = _places(state.inner, params)
+        places = trees.places(state.inner, params, lambda leaf, param: jnp.shape(leaf) == param.shape)  # one number a weight
         step = lambda seen, inner: wrapped.update(seen, inner, params, **extra)
         # Zeroed before the step: where the optimiser makes zeros of zeros, nothing is left to do after it, and the compiler can
         # update parameters and moments in place. Zeroed after it, all moments would be copied at every step.
@@ -193,22 +193,6 @@ def _check_call(name: str, params: Params | None, seen: Any) -> None:
                 f"{name} was given {path}, which differs between the devices along {', '.join(sorted(varying))}, so each would "
                 "make its own masks; aggregate gradients first (jax.lax.pmean), and update outside of shard_map"
             )
-
-
-def _places(inner: Any, params: Params) -> dict[str, str]:
-    """{path in an optimiser's state: path of the parameter} of every leaf that holds one number a weight.
-
-    Such a leaf is known by its place and not by its class: its path ends in the parameter's and it has its shape.
-    """
-    # Longest path first: "b/kernel" must not take what belongs to "a/b/kernel".
-    known = sorted(trees.paths(params).items(), key=lambda item: -len(item[0]))
-    found = {}
-    for path, leaf in trees.paths(inner).items():
-        for name, param in known:
-            if (path == name or path.endswith("/" + name)) and jnp.shape(leaf) == param.shape:
-                found[path] = name
-                break
-    return found
 
 
 def _zeroed(inner: Any, masks: Params, places: dict[str, str]) -> Any:
