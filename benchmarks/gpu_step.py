@@ -136,7 +136,7 @@ def ours(shape: Shape, attention: str, remat: str, steps: int, *, composed: bool
     tx, terms, frozen = optax.adamw(1e-4), {"ce": (1.0, losses.cross_entropy_term())}, None
     if composed:
         tx = optax.chain(tx, prune.sparsify(sparsity=0.8, schedule=prune.one_shot(0)))
-        terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd(2.0))}
+        terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, losses.on_logits(distill.kd, temperature=2.0))}
         narrow = lambda key: jax.tree.map(lambda p: p.astype("bfloat16"), model.init(key, batch)[0])
         frozen = {"params": jax.jit(narrow)(jax.random.key(1)), "model_state": {}}
     problem = Problem(model, terms, tx, teacher=model if composed else None, compute_dtype="bfloat16")

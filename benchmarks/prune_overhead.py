@@ -30,8 +30,8 @@ LIMITS = {  # wanted at most, at 8x64 and at 1x64
 }
 
 
-def ours():
-    """{name: (optimiser, view or None)}."""
+def ours(axes):
+    """{name: (optimiser, view or None)}; axes: {kernel: the axis that it contracts}."""
     import optax
 
     from bmjax import prune
@@ -40,14 +40,14 @@ def ours():
     how = {"schedule": prune.cubic(0, 10**6), "every": EVERY}
     forever = {"end": 10**6, "every": EVERY, "sparsity": SPARSITY}
     straight = lambda **more: prune.straight_through(schedule=prune.periodic(), every=EVERY, **more)
-    masks, pairs = straight(sparsity=SPARSITY), straight(pattern=prune.n_m(2, 4))
+    masks, pairs = straight(sparsity=SPARSITY), straight(pattern=prune.n_m(2, 4, axes))
     again = {**how, "schedule": prune.periodic(0, 10**6)}
     return {
         "plain": (adamw, None),
         "magnitude": (optax.chain(adamw, prune.sparsify(sparsity=SPARSITY, **how)), None),
         "magnitude, packed": (optax.chain(adamw, prune.sparsify(sparsity=SPARSITY, packed=True, **how)), None),
         "global": (optax.chain(adamw, prune.sparsify(sparsity=SPARSITY, allocation=prune.global_threshold(), **how)), None),
-        "2:4": (optax.chain(adamw, prune.sparsify(pattern=prune.n_m(2, 4), **again)), None),
+        "2:4": (optax.chain(adamw, prune.sparsify(pattern=prune.n_m(2, 4, axes), **again)), None),
         "saliency": (prune.around(adamw, prune.saliency(), sparsity=SPARSITY, **how), None),
         "RigL": (prune.rigl(adamw, **forever), None),
         "SET": (prune.sparse_evolution(adamw, **forever), None),
@@ -105,7 +105,7 @@ def trainers(rows: int, length: int, only: list[str], jaxpruner: pathlib.Path | 
     import numpy as np
     import optax
 
-    from bmjax import trees
+    from bmjax import trace, trees
     from bmjax.models import Decoder
 
     model = Decoder(layers=8, width=256, heads=4, kv_heads=4, neurons=1024, mlp="gelu").build((length,), 4096)
@@ -156,7 +156,8 @@ def trainers(rows: int, length: int, only: list[str], jaxpruner: pathlib.Path | 
 
     copy = lambda: jax.tree.map(lambda p: p.copy(), params)
     found = {}
-    for name, (tx, view) in ours().items():
+    axes = trace.contracting(lambda p, b: model.apply(p, {}, b)[0].logits, params, batch)
+    for name, (tx, view) in ours(axes).items():
         if name == "plain" or not only or name in only:
             step = jax.jit(stepper(tx, view), donate_argnums=0)
             found[name] = trainer(step, (copy(), jax.jit(tx.init)(params)))

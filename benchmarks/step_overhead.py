@@ -203,7 +203,7 @@ def composed(network: str, devices: int):
     (model, batch), mesh, adamw, steps = networks(network), parallel.make_mesh("data=-1"), optax.adamw(1e-3), 10
     everywhere = lambda tree: jax.device_put(tree, parallel.replicated(mesh))
     sparse = prune.sparsify(sparsity=0.8, schedule=prune.one_shot(0))
-    terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd(2.0))}
+    terms = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, losses.on_logits(distill.kd, temperature=2.0))}
     problem = Problem(model, terms, optax.chain(adamw, sparse), teacher=model)
     teacher, model_state = everywhere(jax.jit(model.init)(jax.random.key(1), batch))
     frozen = {"params": teacher, "model_state": model_state}

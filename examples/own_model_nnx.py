@@ -17,10 +17,10 @@ class Net(nnx.Module):
 
 
 parallel.simulate(8)
-digits, mesh, frozen = data.load("digits"), parallel.make_mesh("data=8"), None
+mesh, batches = parallel.make_mesh("data=8"), data.train_batches(data.load("digits").train, batch=128, seed=0)
 teacher, student = (adapters.nnx(lambda rngs, width=width: Net(width, rngs)) for width in (128, 8))
-batches, ce = data.train_batches(digits.train, batch=128, seed=0), {"ce": (1.0, losses.cross_entropy_term())}
-for model, terms, partner in ((teacher, ce, None), (student, ce | {"hint": (1.0, distill.hint("hidden", "hidden"))}, teacher)):
+frozen, ce, hint = None, losses.cross_entropy_term(), losses.on_features(distill.hint, {"hidden": "hidden"}, project="linear")
+for model, terms, partner in ((teacher, {"ce": (1.0, ce)}, None), (student, {"ce": (1.0, ce), "hint": (1.0, hint)}, teacher)):
     problem = train.Problem(model, terms, optax.adam(1e-2), partner, loss_tx=optax.adam(1e-2))
     state = train.init_state(problem, mesh, model.rules, jax.random.key(0), batches[0], frozen=frozen)
     step = train.make_step(problem, mesh, state)

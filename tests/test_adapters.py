@@ -119,12 +119,12 @@ def test_logits_and_feature_are_those_of_the_formula(model):
 def test_distillation_with_a_hint_and_dropout_is_the_same_on_every_mesh(model):
     terms = {
         "ce": (0.5, losses.cross_entropy_term()),
-        "kd": (0.5, distill.kd(2.0)),
-        "hint": (0.5, distill.hint("hidden", "hidden")),
+        "kd": (0.5, losses.on_logits(distill.kd, temperature=2.0)),
+        "hint": (0.5, losses.on_features(distill.hint, {"hidden": "hidden"}, project="linear")),
     }
     one, history = run(model, "data=1", terms=terms, teacher=model)
     assert history[-1] < history[0]
-    assert np.abs(one.params["loss"]["hint"]["bias"]).max() > 1e-3
+    assert np.abs(one.params["loss"]["hint"]["project"]["0"]["bias"]).max() > 1e-3
     for spec in ("data=8", "data=2,fsdp=4") if model is MODELS["nnx"] else ("data=8",):
         many, losses_seen = run(model, spec, terms=terms, teacher=model)
         assert_close(losses_seen, history)

@@ -45,8 +45,8 @@ def queue(length):
 
 ALL = {
     "ce": (0.7, losses.cross_entropy_term(label_smoothing=0.1, class_weights=(1.0, 2.0, 0.5, 1.5))),
-    "kd": (0.3, distill.kd(2.0)),
-    "hint": (0.5, distill.hint("layers/0", "layers/1/mlp")),
+    "kd": (0.3, losses.on_logits(distill.kd, temperature=2.0)),
+    "hint": (0.5, losses.on_features(distill.hint, {"layers/0": "layers/1/mlp"}, project="linear")),
     "bank": (0.1, queue(24)),
 }
 PLAIN = {"ce": (1.0, losses.cross_entropy_term())}
@@ -171,7 +171,7 @@ def all_reduces(problem, place, batch=None):
     return [line for line in lines if re.search(r"= .* all-reduce(-start)?\(", line)]
 
 
-TWO = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd())}
+TWO = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, losses.on_logits(distill.kd))}
 
 
 @pytest.mark.parametrize("place", PLACES[:3:2], ids="/".join)
@@ -273,7 +273,10 @@ def test_a_moving_average_shares_no_memory_with_given_parameters():
 def test_the_mean_teacher_is_the_average_before_the_step(place):
     """By hand: the target is the average's output, without a gradient, and moves after the update."""
     problem = full(
-        {"kd": (1.0, distill.kd(2.0)), "ce": (0.5, losses.cross_entropy_term())}, teacher=None, ema=0.5, mean_teacher=True
+        {"kd": (1.0, losses.on_logits(distill.kd, temperature=2.0)), "ce": (0.5, losses.cross_entropy_term())},
+        teacher=None,
+        ema=0.5,
+        mean_teacher=True,
     )
     state, history = run(problem, place)
     close(history, by_hand_mean_teacher()[1])

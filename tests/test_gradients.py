@@ -248,7 +248,7 @@ WEIGHED = {**CE, "heavy": (1.0, losses.cross_entropy_term(class_weights=(1.0, 2.
         (lambda: sgd(terms={"loss": CE["ce"]}), "cannot be called 'loss'"),
         (lambda: sgd(terms={"ema": CE["ce"]}, ema=0.9), "cannot be called 'ema'"),
         (lambda: sgd(terms={"grad_norm": CE["ce"]}, norms=True), "cannot be called 'grad_norm'"),
-        (lambda: run(sgd(terms={"kd": (1.0, distill.kd())})), "needs a teacher"),
+        (lambda: run(sgd(terms={"kd": (1.0, losses.on_logits(distill.kd))})), "needs a teacher"),
     ],
 )
 def test_what_makes_no_sense_is_one_clear_line(make, words):

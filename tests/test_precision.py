@@ -19,7 +19,7 @@ from bmjax.train.precision import check_compute_dtype
 from bmjax.types import Mean, Outputs
 
 MODEL = LinenModel(PlainMLP((32, 32), classes=4))
-TERMS = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, distill.kd())}
+TERMS = {"ce": (0.5, losses.cross_entropy_term()), "kd": (0.5, losses.on_logits(distill.kd))}
 ONE = ("data=1", "partitioned")
 PLACES = [("data=8", "replicated"), ("data=8", "pmap"), ("data=4,fsdp=2", "hybrid")]
 B = 16

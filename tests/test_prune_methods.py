@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bmjax import prune
+from bmjax.parallel.rules import like_params
 from bmjax.prune import packing
 from bmjax.types import Group, Member
 
@@ -230,26 +231,79 @@ def test_schedules_follow_their_formula_and_land_exactly(name, every):
 
 
 def test_packed_masks_are_the_same_at_an_eighth():
-    tree = params()
-    plain, state, _ = run(optax.chain(optax.adam(0.1), prune.sparsify(sparsity=0.7, schedule=prune.cubic(0, 4))), tree, 6)
-    packed, small, _ = run(
-        optax.chain(optax.adam(0.1), prune.sparsify(sparsity=0.7, schedule=prune.cubic(0, 4), packed=True)), tree, 6
-    )
-    jax.tree.map(np.testing.assert_array_equal, plain, packed)
+    wide = lambda tree: {**tree, "b": {"kernel": np.tile(tree["b"]["kernel"], (4, 1)) * np.linspace(1, 2, 64)[:, None]}}
+    tree = jax.tree.map(lambda leaf: leaf.astype(np.float32), wide(params()))
+    tx = lambda packed: prune.sparsify(sparsity=0.7, schedule=prune.cubic(0, 4), packed=packed)
+    found = []
+    for packed in (False, True):
+        chain, now = optax.chain(optax.adam(0.1), tx(packed)), tree
+        state, update = chain.init(now), jax.jit(chain.update)
+        for i in range(6):
+            grads = jax.tree.map(lambda leaf: leaf.astype(np.float32), wide(gradients(i)))
+            updates, state = update(grads, state, now)
+            now = optax.apply_updates(now, updates)
+        found.append((now, state))
+    (plain, state), (now, small) = found
+    jax.tree.map(np.testing.assert_array_equal, plain, now)
     jax.tree.map(np.testing.assert_array_equal, prune.masks(state), prune.masks(small, tree))
     stored = small[1].masks["b"]["kernel"]
-    assert (stored.dtype, stored.size) == (jnp.uint8, 384 // 8)
+    assert (stored.dtype, stored.size) == (jnp.uint8, 64 * 24 // 8)
     with pytest.raises(ValueError, match="masks are packed"):
         prune.masks(small)
-    assert prune.sparsity_report(packed, small).total.zeros == round(0.7 * 384) + round(0.7 * 256)
+    assert prune.sparsity_report(now, small).total.zeros == round(0.7 * 1536) + round(0.7 * 256)
 
 
-@pytest.mark.parametrize("shape", [(3,), (16, 3), (5, 7), (2, 24, 6), (8, 8)])
-def test_packing_and_back(shape):
+@pytest.mark.parametrize(
+    ("shape", "stored"),
+    [
+        ((1024, 64), (128, 64)),
+        ((64, 64, 3), (8, 64, 3)),
+        ((32, 64), (32, 8)),
+        ((32, 12), (8, 12)),  # 4 weights a word, so that 8 devices have whole words
+        ((32, 48), (32, 8)),
+        ((3, 3, 16, 48), (3, 3, 16, 8)),
+        ((96, 3), (16, 3)),
+        ((1000, 3), (128, 3)),
+        ((2, 24, 6), None),
+        ((5, 7), (5, 1)),
+        ((8, 8), None),
+        ((3,), None),
+        ((), None),
+        ((0, 64), (0, 8)),
+    ],
+)
+def test_packing_and_back(shape, stored):
     mask = np.random.default_rng(1).random(shape) > 0.5
     packed = packing.pack(jnp.asarray(mask))
+    assert (packed.shape, packed.dtype) == ((shape, jnp.bool_) if stored is None else (stored, jnp.uint8))
     np.testing.assert_array_equal(packing.unpack(packed, shape), mask)
-    assert packed.size <= math.ceil(mask.size / 8) + mask.size // max(shape)
+
+
+@pytest.mark.parametrize("shape", [(32, 12), (32, 48), (32, 24), (3, 3, 16, 48), (32, 64), (64, 64, 3)])
+def test_packed_masks_are_packed_where_they_are(shape):
+    """Axes over 2, 4 and 8 devices, and two at a time: words are made without a word between devices."""
+    mask = jnp.asarray(np.random.default_rng(2).random(shape) > 0.5)
+    whole = jax.ShapeDtypeStruct(packing.pack(mask).shape, packing.pack(mask).dtype)
+
+    def there_and_back(mask, at):
+        packed = jax.lax.with_sharding_constraint(packing.pack(mask), at)
+        return packed, packing.unpack(packed, shape)
+
+    for parts in (2, 4, 8):
+        mesh = jax.make_mesh((parts, 8 // parts), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+        alone = [(axis,) for axis in range(len(shape))]
+        for axes in [*alone, *((i, j) for i, *_ in alone for j, *_ in alone if i != j)]:
+            spec = P(*({axes[0]: "a", axes[-1]: "b" if len(axes) > 1 else "a"}.get(axis) for axis in range(len(shape))))
+            sharding = NamedSharding(mesh, spec)
+            if any(shape[axis] % size for axis, size in zip(axes, (parts, 8 // parts))):
+                continue
+            stored = like_params({"x": whole}, {"x": mask}, {"x": sharding}, mesh)["x"]
+            assert stored.spec == spec, (parts, axes)
+            both = jax.jit(lambda x, at=stored: there_and_back(x, at), in_shardings=sharding, out_shardings=(stored, sharding))
+            program = both.lower(jax.ShapeDtypeStruct(shape, bool)).compile()
+            for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+                assert word not in program.as_text(), (parts, axes, word)
+            np.testing.assert_array_equal(program(jax.device_put(mask, sharding))[1], mask)
 
 
 def test_straight_through_hides_weights_that_keep_learning():
@@ -303,7 +357,7 @@ def test_masks_that_would_differ_between_devices_are_an_error():
 CRITERIA = {"magnitude": prune.magnitude, "random": prune.random, **GRADIENTS}
 PATTERNS = {
     "unstructured": prune.unstructured,
-    "2:4": lambda: prune.n_m(2, 4),
+    "2:4": lambda: prune.n_m(2, 4, -2),
     "block": lambda: prune.block(4, 2),
     "channel": prune.channel,
     "groups": lambda: prune.groups([UNITS]),
@@ -369,6 +423,10 @@ def test_criteria_of_gradients_are_refused_at_the_end_of_a_chain(name):
         ({"pattern": prune.n_m(2, 4), "sparsity": 0.7}, "0.5 sparse everywhere; leave both out"),
         ({"pattern": prune.n_m(2, 5)}, "16 entries, which 5 does not divide"),
         ({"pattern": prune.n_m(2, 4), "where": "bias|head"}, "needs an axis to contract"),
+        (
+            {"pattern": prune.n_m(2, 4), "where": "layers.*kernel", "stacked": "head"},
+            r"which axis of .* \[2, 16, 8\].*axis=\{path",
+        ),
         ({"pattern": prune.n_m(2, 4, -3), "where": "^b"}, "is to run along axis -3"),
         ({"pattern": prune.n_m(2, 4, {"x": -1})}, "none of x is found in"),
         ({"pattern": prune.block(5, 2), "sparsity": 0.5}, r"do not divide b/kernel \[16, 24\]"),
@@ -433,3 +491,65 @@ def test_partitioned_choices_equal_those_of_one_device_without_a_gather(criterio
         _, state = update(split(gradients(i)), state, split(tree))
         _, alone = update(gradients(i), alone, tree)
     jax.tree.map(np.testing.assert_array_equal, prune.masks(state, tree), prune.masks(alone, tree))
+
+
+def test_a_target_below_the_zeros_that_are_there_is_refused():
+    sparse = {"a": {"kernel": jnp.where(jnp.arange(40).reshape(8, 5) < 30, 0.0, 1.0)}}
+    with pytest.raises(ValueError, match=r"a/kernel: 0.75 of the weights are zero already, and the target is 0.5"):
+        prune.sparsify(sparsity=0.5).init(sparse)
+    with pytest.raises(ValueError, match=r"all weights together: 0.75 of the weights are zero already"):
+        prune.around(optax.adam(0.1), sparsity=0.5, allocation=prune.global_threshold()).init(sparse)
+    prune.sparsify(sparsity=0.75).init(sparse)
+    prune.straight_through(sparsity=0.5).tx.init(sparse)  # where nothing is dropped for good
+    prune.sparsify(sparsity=0.5).init({"a": {"kernel": jnp.zeros((8, 5))}})
+    jax.eval_shape(prune.sparsify(sparsity=0.5).init, sparse)
+
+
+@pytest.mark.parametrize("pattern", [prune.n_m(2, 4), prune.unstructured()])
+def test_no_schedule_starts_above_its_target(pattern):
+    kernel = {"a": {"kernel": jnp.ones((8, 4))}}
+    given = None if pattern.implied else 0.5
+    with pytest.raises(ValueError, match=r"the schedule starts at sparsity 0.9, above the target 0.5"):
+        prune.sparsify(sparsity=given, pattern=pattern, schedule=prune.cubic(0, 5, initial=0.9)).init(kernel)
+    with pytest.raises(ValueError, match=r"starts at sparsity 0.48, above the target 0.42"):
+        prune.sparsify(sparsity=0.5, allocation=prune.owl(), schedule=prune.cubic(0, 5, initial=0.48)).init(kernel)
+
+
+@pytest.mark.parametrize("every", [1, 10, 7])
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        prune.one_shot(1.0, steps=20),
+        prune.linear(0.2, 1.0, steps=20),
+        prune.cubic(0.2, 1.0, steps=20),
+        prune.iterative(0.2, 1.0, 3, steps=20),
+        prune.periodic(0.2, 1.0, steps=20),
+    ],
+)
+def test_the_end_of_a_run_is_its_last_update(schedule, every):
+    params = {"a": {"kernel": jnp.arange(1.0, 41).reshape(8, 5)}}
+    tx = prune.sparsify(sparsity=0.8, schedule=schedule, every=every)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=20)
+    assert int((params["a"]["kernel"] == 0).sum()) == 32
+
+
+def test_a_run_of_no_steps_has_no_fractions():
+    with pytest.raises(ValueError, match="a run of -10 steps; expected 1 or more"):
+        prune.one_shot(0.5, steps=-10)
+
+
+def test_the_report_counts_what_masks_drop_and_something_revives():
+    kernel = {"a": {"kernel": jnp.arange(1.0, 41).reshape(8, 5)}}
+    tx = optax.chain(prune.sparsify(sparsity=0.5), optax.sgd(0.1))  # the wrong way round
+    updates, state = tx.update(jax.tree.map(jnp.ones_like, kernel), tx.init(kernel), kernel)
+    report = prune.sparsity_report(optax.apply_updates(kernel, updates), state)
+    assert report.total.alive == 20
+    right = optax.chain(optax.sgd(0.1), prune.sparsify(sparsity=0.5))
+    updates, state = right.update(jax.tree.map(jnp.ones_like, kernel), right.init(kernel), kernel)
+    assert prune.sparsity_report(optax.apply_updates(kernel, updates), state).total.alive == 0

@@ -120,6 +120,7 @@ def check_thousand(method, names):
         assert all(leaf.any() for path, leaf in held(state.inner).items() if "acc_grads" not in path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sparsify", "around", "static_sparse"])
 def test_a_thousand_steps_of_any_optimiser_keep_every_zero(method):
     check_thousand(method, tuple(OPTIMIZERS))

@@ -58,8 +58,8 @@ def distilled_and_pruned():
     pruned = prune.sparsify(sparsity=0.6, schedule=prune.cubic(3, 17), every=4)
     terms = {
         "ce": (0.5, losses.cross_entropy_term()),
-        "kd": (0.5, distill.kd(2.0)),
-        "hint": (0.1, distill.hint("final", "hidden_0")),
+        "kd": (0.5, losses.on_logits(distill.kd, temperature=2.0)),
+        "hint": (0.1, losses.on_features(distill.hint, {"final": "hidden_0"}, project="linear")),
     }
     tx = optax.chain(Optimizer(learning_rate=0.01).build(STEPS), pruned)
     return Problem(STUDENT, terms, tx, teacher=TEACHER, loss_tx=Optimizer().build_for_terms(STEPS))

@@ -25,8 +25,8 @@ def five_classes():
 
 TERMS = {
     "ce": (0.7, losses.cross_entropy_term(label_smoothing=0.1, class_weights=CLASS_WEIGHTS)),
-    "kd": (0.3, distill.kd(2.0)),
-    "hint": (0.5, distill.hint("layers/0", "layers/1/mlp")),
+    "kd": (0.3, losses.on_logits(distill.kd, temperature=2.0)),
+    "hint": (0.5, losses.on_features(distill.hint, {"layers/0": "layers/1/mlp"}, project="linear")),
 }
 
 
@@ -63,7 +63,8 @@ def by_hand(params, loss_params, teacher, batch):
     ce = jnp.sum(wc * -jnp.sum(smooth * jax.nn.log_softmax(student.logits), -1)) / jnp.sum(wc)
     p, q = jax.nn.softmax(target.logits / 2), jax.nn.log_softmax(student.logits / 2)
     kd = jnp.sum(w * 4 * jnp.sum(p * (jnp.log(p) - q), -1)) / jnp.sum(w)
-    projected = student.features["layers/0"] @ loss_params["hint"]["kernel"] + loss_params["hint"]["bias"]
+    linear = loss_params["hint"]["project"]["0"]
+    projected = student.features["layers/0"] @ linear["kernel"] + linear["bias"]
     hint = jnp.sum(w * jnp.mean((projected - target.features["layers/1/mlp"]) ** 2, (1, 2))) / jnp.sum(w)
     return 0.7 * ce + 0.3 * kd + 0.5 * hint, {"ce": ce, "kd": kd, "hint": hint}
 
@@ -210,7 +211,7 @@ def test_moments_are_of_the_global_batch():
         (
             lambda: run(
                 "data=8",
-                problem({"kd": (1.0, distill.kd())}, teacher=LinenModel(TEACHER.module.clone(classes=5))),
+                problem({"kd": (1.0, losses.on_logits(distill.kd))}, teacher=LinenModel(TEACHER.module.clone(classes=5))),
                 frozen_params=dict(
                     zip(
                         ("params", "model_state"),

@@ -1,44 +1,41 @@
-"""Distillation from hidden features (FitNets: Romero et al. 2015)."""
+"""Losses that compare features item by item."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
+from bmjax.distill.shapes import check_same, same_size, unit
 
 
-def hint(student_feature: str, teacher_feature: str) -> Term:
-    """Mean squared error between the student's feature, projected, and the teacher's (FitNets, eq. 3).
+def hint(s: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean of (t - s)^2 over all entries (FitNets: Romero et al. 2015, eq. 3, per entry). The usual weight is 1 to 100.
 
-    The projector is one learned linear map per token from the student's width to the teacher's, trained in the same step;
-    it starts as the identity where the widths agree. Both features are [B, ..., width] with equal leading axes.
+    Widths that differ need a projection: `losses.on_features(hint, layers, project="linear")`.
 
     Args:
-        student_feature, teacher_feature: names as in `Model.features`, for example "layers/1".
+        s, t: student's and teacher's features [B, ..., C] float; maps [B, H, W, C] of different size are average-pooled to the
+            smaller.
+
+    Returns:
+        float32 scalar, 0 at s = t.
 
     Raises:
-        ValueError: (at init) no teacher, or leading axes that differ.
+        ValueError: shapes that differ in another way.
     """
+    s, t = same_size("hint", s, t)
+    check_same("hint", s, t)
+    return jnp.mean(jnp.square(t - s))
 
-    def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> tuple[Params, Any]:
-        if teacher is None:
-            raise ValueError("the term hint needs a teacher; give the step one, or leave hint out")
-        mine, theirs = student.features[student_feature].shape, teacher.features[teacher_feature].shape
-        if mine[:-1] != theirs[:-1]:
-            raise ValueError(
-                f"hint: {student_feature} is {list(mine)} and the teacher's {teacher_feature} is {list(theirs)}; "
-                "all axes but the last must agree"
-            )
-        shape = (mine[-1], theirs[-1])
-        kernel = jnp.eye(*shape) if shape[0] == shape[1] else jax.nn.initializers.lecun_normal()(key, shape)
-        return {"kernel": kernel, "bias": jnp.zeros(shape[1])}, {}
 
-    def apply(ctx: Context, student: Outputs, teacher: Outputs, batch: Batch) -> Mean:
-        projected = student.features[student_feature] @ ctx.params["kernel"] + ctx.params["bias"]
-        error = jnp.square(projected - teacher.features[teacher_feature]).astype(jnp.float32).mean(-1)
-        return Mean.of(error, batch["weights"])
+def cosine(s: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean of 1 - cos(s, t) over all tokens or pixels (Sanh et al. 2019, DistilBERT, section 2). The usual weight is 1.
 
-    return Term(init, apply, (student_feature,), (teacher_feature,))
+    Args, errors as for `hint`. A vector of zeros has the cosine 0 to all.
+
+    Returns:
+        float32 scalar in [0, 2]; 0 where s = a t with a > 0.
+    """
+    s, t = same_size("cosine", s, t)
+    check_same("cosine", s, t)
+    return jnp.mean(1 - jnp.sum(unit(s, -1) * unit(t, -1), axis=-1))

@@ -181,6 +181,10 @@ def _checkpoint(
     name = _run(config, folder)
     if about.get("views"):
         raise ValueError(f"{folder} was trained with views, functions that no checkpoint holds; evaluate its export instead")
+    if name != "teacher" and (about.get("prune") or {}).get("method") == "straight_through":
+        raise ValueError(
+            f"{folder} was trained dense, through masks that its parameters do not show; evaluate its export instead"
+        )
     restored = checkpoint.read(folder / CHECKPOINTS / name, step=config.step, best=config.best)
     held = trees.nested(restored.state)
     params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -78,13 +79,20 @@ class Config:
             if callable(function) and (wrong := configs.misfit(function, arguments)):
                 raise ValueError(f"config.{where}: {wrong}")
 
-    def wrap(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
+    def wrap(
+        self, tx: optax.GradientTransformation, steps: int, axes: Mapping[str, int] | None = None
+    ) -> optax.GradientTransformation:
         """The optimiser with the user's transforms and pruning, for a run of `steps` updates.
+
+        Args:
+            tx: the optimiser.
+            steps: of the run.
+            axes: {kernel: the axis that an n:m pattern runs along}, from `prune.axes`.
 
         Raises:
             ValueError: a transform returns no optax transform.
         """
-        return self.prune.after(self.transformed(tx, steps), steps)
+        return self.prune.after(self.transformed(tx, steps), steps, seed=self.seed, axes=axes)
 
     def transformed(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """The optimiser with the user's transforms alone. Raises ValueError as `wrap`."""
@@ -123,14 +131,15 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         model, tutor = architecture.build(config.model, bench.dataset), config.teacher
         plain, terms = config.objective()
         name = "model" if tutor is None else "student"
-        views = tuple(config.views)
+        views = (*config.views, *config.prune.views)  # masks come last, so that what is hidden is exactly zero
+        wrap = functools.partial(config.wrap, axes=_axes(config, bench, model))
         teacher = None if tutor is None else _teacher(bench, tutor, plain)
-        common.check(bench, model, terms, config.run, teacher=teacher, wrap=config.wrap, views=views)
+        common.check(bench, model, terms, config.run, teacher=teacher, wrap=wrap, views=views)
         _check_pruning(config, bench.shapes(model)[0])
         common.record(config, bench)
         if tutor is not None and teacher is not None and not tutor.pretrained:
             teacher = common.train(bench, "teacher", teacher.model, plain, tutor.run)
-        net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=config.wrap, views=views)
+        net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=wrap, views=views)
         nets = {name: net} if teacher is None else {"teacher": teacher, name: net}
         common.ship(bench, net, workdir / EXPORT, {"config": configs.fingerprint(config)}, config.model)
         _write_test(bench, workdir / TEST)
@@ -143,6 +152,15 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         }
         common.write_json(workdir / RESULTS, results)
         return results
+
+
+def _axes(config: Config, bench: Bench, model: Any) -> dict[str, int] | None:
+    """{kernel: the axis that the layer contracts} for an n:m pattern. Raises ValueError as `prune.Sparsity.axes`."""
+    if not config.prune.neighbours:
+        return None
+    params, abstract = bench.shapes(model)
+    state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+    return config.prune.axes(lambda p, batch: model.apply(p, state, batch)[0].logits, params, dict(bench.example()))
 
 
 def _check_pruning(config: Config, params: Any) -> None:

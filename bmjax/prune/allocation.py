@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.prune.kinds import number, shown
 from bmjax.prune.outliers import Owl, owl_sparsities
 from bmjax.prune.patterns import Sparsity
 
@@ -93,8 +94,10 @@ def by_layer(table: Mapping[str, float], otherwise: float | None = None) -> Allo
         otherwise: for what no regex finds; None leaves it whole.
 
     Raises:
-        ValueError: a value out of range, or at `init` a regex that finds nothing.
+        ValueError: a value out of range, no table, or at `init` a regex that finds nothing.
     """
+    if not isinstance(table, Mapping):
+        raise ValueError(f"the table of by_layer is {shown(table)}; expected {{regex of a path: fraction}}")
 
     def targets(parts: Sequence[Part], sparsity: Sparsity | None) -> Targets:
         if sparsity is not None:
@@ -106,12 +109,13 @@ def by_layer(table: Mapping[str, float], otherwise: float | None = None) -> Allo
 
 
 def check_range(named: Mapping[str, float]) -> None:
-    """Raises ValueError for a sparsity outside [0, 1)."""
+    """Raises ValueError for a sparsity outside [0, 1), or one that is no number."""
     if not named:
         raise ValueError("the sparsity is an empty mapping; expected a fraction, or one for each name")
     for name, value in named.items():
+        of = f" of {name!r}" if name else ""
+        number(f"the sparsity{of}", value)
         if not 0.0 <= value < 1.0:
-            of = f" of {name!r}" if name else ""
             raise ValueError(f"the sparsity{of} is {value}; expected a fraction to drop, at least 0 and below 1")
 
 
@@ -143,6 +147,7 @@ def global_threshold(*, floor: float = 0.0, normalise: bool = False) -> Allocati
     Raises:
         ValueError: the floor is not in [0, 1), or at `init` leaves too little to drop.
     """
+    number("the floor of a global threshold", floor)
     if not 0 <= floor < 1:
         raise ValueError(f"the floor of a global threshold is {floor}; expected a fraction to keep, at least 0 and below 1")
 
@@ -199,6 +204,8 @@ def owl(outlier: float = 5.0, spread: float = 0.08) -> Allocation:
     Raises:
         ValueError: a setting that is not above 0, or at `init` a spread that leaves [0, 1).
     """
+    number("the outlier of owl", outlier)
+    number("the spread of owl", spread)
     if not outlier > 0 or not spread > 0:
         raise ValueError(f"owl is given outlier={outlier} and spread={spread}; expected numbers above 0, 5 and 0.08 in the paper")
 

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from bmjax import trees
-from bmjax.prune import patterns, reconstruction, threshold
+from bmjax.prune import kinds, patterns, reconstruction, threshold
 from bmjax.prune.allocation import Allocation
+from bmjax.prune.criteria import Criterion
 from bmjax.prune.outliers import by_outliers, owl_sparsities
 from bmjax.prune.reconstruction import Target
 from bmjax.trace import Inputs, Linear, Linears, linears
@@ -66,19 +67,21 @@ class Calibrated(NamedTuple):
         masks: tree like the parameters: bool arrays where weights are pruned, a scalar True elsewhere.
         rows: a report of each layer, in the order of the forward pass.
         left: {path: why}, of the parameters that were to be pruned and are no linear layer's kernel.
+        note: "there are 16 examples, fewer than the 128 asked for", or "".
     """
 
     params: Params
     masks: Params
     rows: tuple[LayerRow, ...]
     left: dict[str, str]
+    note: str = ""
 
 
 def wanda() -> Method:
     """The inputs with the smallest |W| ||x||, output by output; weights stay as they are. See `wanda_mask`."""
 
     def apply(kernel: jax.Array, inputs: Inputs, target: Target) -> tuple[jax.Array, jax.Array, str]:
-        mask = reconstruction.wanda_mask(kernel, inputs.square_mean(), **target._asdict())
+        mask = reconstruction.by_scores(kernel, inputs.square_mean(), target)
         return jnp.where(mask, kernel, 0.0), mask, ""
 
     return Method(apply, name="wanda")
@@ -140,18 +143,24 @@ def layerwise(
         n, m: instead of a sparsity: of each m neighbouring inputs of an output n stay.
         where: regex of the parameters to prune; without one the rule is `patterns.left_out`, as for `sparsify`.
         allocation: `owl()`, by blocks of layers; or `uniform()`, as without one.
-        samples: examples to use; batches are read until there are as many. None for all.
+        samples: examples to use; batches are read until there are as many. If there are fewer, `note` of what is returned says
+            so. None for all.
         state: the model's state, such as batch statistics.
 
     Raises:
-        ValueError: before any layer is pruned: no data, or batches of several shapes; both or neither of a sparsity and n:m, or
-            one out of range; no linear layer among the chosen parameters; m does not divide a layer's inputs. Later: what enters
-            a layer is not finite.
+        ValueError: before any layer is pruned: no data, without examples or all of weight 0, or batches of several shapes; an
+            argument of another kind; both or neither of a sparsity and n:m, or one out of range; weights that are NaN or no
+            floats; no linear layer among the chosen parameters; m does not divide a layer's inputs. Later: what enters a layer
+            is not finite.
     """
     target = Target(sparsity, n, m)
     _check(target, method, allocation, samples)
     paths = patterns.chosen(params, where)
-    data = _read(batches, samples)
+    leaves = trees.paths(params)
+    kinds.floats(leaves, paths)
+    for path in paths:
+        threshold.refuse_nan(f"weights of {path}", leaves[path])
+    data, note = _read(batches, samples)
     fn = model if callable(model) else lambda params, batch: model.apply(params, state or {}, batch)[0].logits
     found = linears(fn, params, data[0], paths)
     pruned = {layer.path for layer in found.layers}
@@ -163,12 +172,21 @@ def layerwise(
     targets = [target] * len(found.layers)
     if allocation is not None and allocation.outliers is not None:
         targets = by_outliers(found, params, data, target, allocation.outliers)
-    return _prune(found, params, data, method, iter(targets))._replace(left=left)
+    return _prune(found, params, data, method, iter(targets))._replace(left=left, note=note)
 
 
 def _check(target: Target, method: Method, allocation: Allocation | None, samples: int | None) -> None:
     target.check()
+    if isinstance(method, Criterion):
+        raise ValueError(
+            f"{method.name} is a criterion of training, so take prune.sparsify; layerwise takes {kinds.MADE_BY['method']}"
+        )
+    kinds.expect("method", method, Method)
     method.check(target)
+    if allocation is not None:
+        kinds.expect("allocation", allocation, Allocation)
+    if samples is not None:
+        kinds.whole("the number of samples", samples)
     if samples is not None and samples < 1:
         raise ValueError(f"samples={samples} is given; expected 1 or more examples, or None for all")
     if allocation is None or allocation.name == "uniform":
@@ -180,18 +198,36 @@ def _check(target: Target, method: Method, allocation: Allocation | None, sample
     owl_sparsities([0.0], [1], target.sparsity, allocation.outliers.spread)
 
 
-def _read(batches: Iterable[Any], samples: int | None) -> list[Any]:
+def _read(batches: Iterable[Any], samples: int | None) -> tuple[list[Any], str]:
+    """The batches to use, and a note if they are short of examples."""
+    if isinstance(batches, (Mapping, str)) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+        raise ValueError(f"the calibration data is {kinds.shown(batches)}; expected several batches: give a list of them")
     found: list[Any] = []
     examples = 0
     for batch in batches:
         if samples is not None and examples >= samples:
             break
-        first = batch["inputs"] if isinstance(batch, Mapping) and "inputs" in batch else jax.tree.leaves(batch)[0]
-        examples += first.shape[0]
+        examples += _examples(batch, len(found))
         found.append(batch)
     if not found:
         raise ValueError("there is no calibration data: the batches are empty; give some, 128 examples in the papers")
-    return found
+    weights = [batch["weights"] for batch in found if isinstance(batch, Mapping) and "weights" in batch]
+    if len(weights) == len(found) and not any(bool(jnp.any(jnp.asarray(weight) > 0)) for weight in weights):
+        raise ValueError("the weights of all calibration batches are 0, so no position counts; give some weights above 0")
+    short = samples is not None and examples < samples
+    return found, f"there are {examples} examples, fewer than the {samples} asked for" if short else ""
+
+
+def _examples(batch: Any, number: int) -> int:
+    """How many there are. Raises ValueError if there are none, or it is no batch."""
+    first = batch["inputs"] if isinstance(batch, Mapping) and "inputs" in batch else next(iter(jax.tree.leaves(batch)), None)
+    if first is None or not hasattr(first, "shape"):
+        raise ValueError(f"calibration batch {number} is {kinds.shown(batch)} without arrays; expected arrays of examples")
+    if not first.shape or 0 in first.shape:
+        raise ValueError(
+            f"calibration batch {number} has shape {list(first.shape)}; expected 1 or more examples along the first axis"
+        )
+    return int(first.shape[0])
 
 
 def _prune(found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target]) -> Calibrated:

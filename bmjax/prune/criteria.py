@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax import trees
+from bmjax.prune import kinds
 from bmjax.trace import keep
 from bmjax.types import Group, Params
 
@@ -108,6 +109,7 @@ def random(seed: int = 0) -> Criterion:
     Raises:
         ValueError: the seed is not in [0, 2^32).
     """
+    kinds.whole("the seed of random pruning", seed)
     if not 0 <= seed < 2**32:
         raise ValueError(f"the seed of random pruning is {seed}; expected 0 to 2^32 - 1")
 
@@ -150,6 +152,7 @@ def movement(decay: float = 1.0) -> Criterion:
     Raises:
         ValueError: decay outside (0, 1].
     """
+    kinds.number("the decay of movement", decay)
     if not 0 < decay <= 1:
         raise ValueError(f"the decay of movement is {decay}; expected a number above 0, at most 1")
     observe = lambda seen: jax.tree.map(
@@ -250,6 +253,7 @@ def _zeros(params: Params) -> Params:
 
 def _running(decay: float, value: Callable[[Any, Any], jax.Array]) -> Callable[[Seen], Params]:
     """The running mean of value(w, g) over the steps. A mean from 0 is short by one factor everywhere, which ranks do not see."""
+    kinds.number("the decay of a running mean", decay)
     if not 0 <= decay < 1:
         raise ValueError(f"the decay of a running mean is {decay}; expected a number in [0, 1)")
     return lambda seen: jax.tree.map(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bmjax.prune.allocation import Allocation, Part, Targets, one_sparsity
+from bmjax.prune.kinds import number, shown
 from bmjax.prune.patterns import Sparsity
 from bmjax.prune.sensitivity import Sensitivity
 
@@ -76,9 +77,14 @@ def from_sensitivity(sensitivity: Sensitivity, *, floor: float = 0.0) -> Allocat
         floor: fraction of each layer that stays whatever its curve.
 
     Raises:
-        ValueError: floor outside [0, 1), or a curve that is not finite; at `init`: a layer without a curve or of another size, or
-            a sparsity beyond the curves' ends.
+        ValueError: what is no `Sensitivity`, floor outside [0, 1), or a curve that is not finite; at `init`: a layer without a
+            curve or of another size, or a sparsity beyond the curves' ends.
     """
+    if not isinstance(sensitivity, Sensitivity):
+        raise ValueError(
+            f"from_sensitivity is given {shown(sensitivity)}; expected the curves of analyse, or Sensitivity.load(path)"
+        )
+    number("the floor of from_sensitivity", floor)
     if not 0 <= floor < 1:
         raise ValueError(f"the floor of from_sensitivity is {floor}; expected a fraction to keep, at least 0 and below 1")
     curves = {name: curve(sensitivity, name) for name in sensitivity.names}

@@ -27,7 +27,7 @@ class SparsifyState(NamedTuple):
         masks: tree like the parameters: bool arrays where weights are pruned (or uint8, eight to a word, where packed), a scalar
             True elsewhere.
         keeps: {group name: bool [size] or [stack, size]}; empty for single weights.
-        nans: int32 scalar, NaN scores that the latest masks were made from. They rank lowest, so they are dropped first.
+        nans: int32 scalar, NaN scores that masks were made from so far. They rank lowest, so they are dropped first.
         cuts: uint32, the latest thresholds, from which the next search starts.
         statistics: what the criterion remembers of all steps.
     """

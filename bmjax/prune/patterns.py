@@ -92,25 +92,27 @@ def unstructured() -> Pattern:
     return Pattern("unstructured", lambda scores, stacked: scores, lambda units, shape: units, check)
 
 
-def n_m(n: int, m: int, axis: int | Mapping[str, int] = -2) -> Pattern:
+def n_m(n: int, m: int, axis: int | Mapping[str, int] | None = None) -> Pattern:
     """Of each m neighbours along the axis that the layer contracts, the n largest stay: 2:4 and the like.
 
     Mishra et al. 2021, arXiv 2104.08378. The sparsity is 1 - n / m; a gradual schedule drops one neighbour after the other.
 
     Args:
         n, m: 1 <= n < m.
-        axis: counted from the last one, which is -1; or {path or regex: axis}. -2 is what a kernel [..., in, out] contracts;
-            `trace.contracting` finds each layer's own, for kernels of any rank.
+        axis: counted from the last one, which is -1; or {path or regex: axis}: `trace.contracting` finds each layer's own, for
+            kernels of any rank. None is -2, what a kernel [in, out] contracts, and refuses kernels of more axes (beside that of
+            scanned layers), such as those of attention [in, heads, dim].
 
     Raises:
-        ValueError: n or m out of range; at `init`: an axis that m does not divide, a vector, or a path that no regex matches.
+        ValueError: n or m out of range; at `init`: an axis that m does not divide, a vector, a kernel whose axis must be given,
+            or a path that no regex matches.
     """
     if not 1 <= n < m:
         raise ValueError(f"the pattern {n}:{m} is given; expected n:m with 1 <= n < m, n of each m neighbours kept")
 
     def along(path: str) -> int:
-        if isinstance(axis, int):
-            return axis
+        if axis is None or isinstance(axis, int):
+            return -2 if axis is None else axis
         found = [axis[path]] if path in axis else [at for regex, at in axis.items() if re.search(regex, path)]
         if not found:
             raise ValueError(f"the pattern {n}:{m} is given axes by path, and none of {', '.join(axis)} is found in {path}")
@@ -120,10 +122,17 @@ def n_m(n: int, m: int, axis: int | Mapping[str, int] = -2) -> Pattern:
         at = along(path)
         if len(shape) < 2:
             raise ValueError(f"the pattern {n}:{m} needs an axis to contract, and {path} has shape {list(shape)}; leave it out")
+        if axis is None and len(shape) > 2:
+            raise ValueError(
+                f"the pattern {n}:{m} cannot tell which axis of {path} {list(shape)} the layer contracts; "
+                "give axis={path: axis} from trace.contracting"
+            )
         if not -len(shape) <= at < 0:
             raise ValueError(f"the pattern {n}:{m} is to run along axis {at} of {path} {list(shape)}; count from the last, -1")
         if shape[at] % m:
-            raise ValueError(f"axis {at} of {path} {list(shape)} has {shape[at]} entries, which {m} does not divide; no {n}:{m}")
+            raise ValueError(
+                f"axis {at} of {path} {list(shape)} has {shape[at]} entries, which {m} does not divide; leave it out"
+            )
 
     def choose(path: str, scores: jax.Array, fraction: jax.Array) -> jax.Array:
         stay = m - jnp.floor(fraction * (m - n) + 1e-4).astype(jnp.int32)

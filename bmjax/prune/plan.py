@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax import trees
-from bmjax.prune import threshold
-from bmjax.prune.allocation import Allocation, Part, Targets, check_range, uniform
+from bmjax.prune import checks, kinds, threshold
+from bmjax.prune.allocation import Allocation, Part, Targets, uniform
 from bmjax.prune.criteria import Criterion, Seen, magnitude
 from bmjax.prune.patterns import SCANNED, Pattern, Sparsity, chosen, unstructured
 from bmjax.prune.schedules import Schedule, constant
@@ -69,56 +69,20 @@ def make(
     """The plan with its defaults.
 
     Raises:
-        ValueError: what cannot work with any parameters.
+        ValueError: what is of another kind, or cannot work with any parameters.
     """
-    choices = (criterion or magnitude(), sparsity, pattern or unstructured(), allocation or uniform(), schedule or constant())
-    plan = Plan(*choices, every, where, stacked)
-    _check(plan)
+    plan = Plan(
+        magnitude() if criterion is None else criterion,
+        sparsity,
+        unstructured() if pattern is None else pattern,
+        uniform() if allocation is None else allocation,
+        constant() if schedule is None else schedule,
+        every,
+        where,
+        stacked,
+    )
+    checks.check(plan)
     return plan
-
-
-def _check(plan: Plan) -> None:
-    if plan.sparsity is not None:
-        check_range(plan.sparsity if isinstance(plan.sparsity, Mapping) else {"": plan.sparsity})
-    if plan.every < 1:
-        raise ValueError(f"masks are to be made every {plan.every} steps; expected 1 or more")
-    patterns = list(plan.pattern.values()) if isinstance(plan.pattern, Mapping) else [plan.pattern]
-    if not patterns:
-        raise ValueError("the pattern is an empty mapping; give a pattern, or {path regex: pattern}")
-    if plan.groups:
-        _check_groups(plan)
-    elif any(pattern.groups for pattern in patterns):
-        raise ValueError("a groups pattern spans arrays and cannot be one of several patterns by path; chain two transforms")
-    if plan.allocation.across:
-        _check_across(plan, patterns)
-    regexes = list(plan.sparsity) if isinstance(plan.sparsity, Mapping) and not plan.groups else []
-    regexes += list(plan.pattern) if isinstance(plan.pattern, Mapping) else []
-    for regex in [*regexes, *(regex for regex in (plan.where, plan.stacked) if regex is not None)]:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise ValueError(f"{regex!r} is not a regular expression: {error}") from None
-
-
-def _check_groups(plan: Plan) -> None:
-    if plan.where is not None:
-        raise ValueError(f"where={plan.where!r} is given with the groups pattern, whose members say what is pruned; leave it out")
-    if plan.allocation.across:
-        raise ValueError("a global threshold cannot compare elements of different groups or layers; use uniform()")
-    if plan.stacked is not None:
-        raise ValueError("`stacked` is given with the groups pattern, whose groups know their layers; leave it out")
-    unknown = [name for name in (plan.sparsity if isinstance(plan.sparsity, Mapping) else {}) if name not in plan.groups]
-    if unknown:
-        raise ValueError(f"a sparsity is given for {unknown[0]!r}; the groups are {', '.join(plan.groups)}")
-
-
-def _check_across(plan: Plan, patterns: Sequence[Pattern]) -> None:
-    if isinstance(plan.sparsity, Mapping):
-        raise ValueError("a global threshold takes one sparsity for all weights; use uniform() for one by name")
-    if any(pattern.choose for pattern in patterns):
-        raise ValueError(f"a global threshold cannot spread the pattern {patterns[0].name}, which is the same everywhere")
-    if len({pattern.name for pattern in patterns}) > 1:
-        raise ValueError("a global threshold cannot compare units of different patterns; use uniform()")
 
 
 def pattern_of(plan: Plan, path: str) -> Pattern | None:
@@ -132,9 +96,10 @@ def parts(plan: Plan, params: Params) -> list[Part]:
     """What takes part, in the tree's order.
 
     Raises:
-        ValueError: a name, regex or pattern that does not fit the parameters, or nothing to prune.
+        ValueError: a name, regex or pattern that does not fit the parameters, weights that are no floats, or nothing to prune.
     """
     if plan.groups:
+        kinds.floats(trees.paths(params), [member.path for group in plan.groups.values() for member in group.members])
         keep.masks(list(plan.groups.values()), {}, params)  # raises where a group's member is not there
         sizes = {name: (group.size, group.stack) for name, group in plan.groups.items()}
         return [Part(name, (size,), stack, size, (name,) * max(stack, 1)) for name, (size, stack) in sizes.items()]
@@ -143,11 +108,13 @@ def parts(plan: Plan, params: Params) -> list[Part]:
         pattern = pattern_of(plan, path)
         if pattern is None:
             continue
+        kinds.floats(leaves, [path])
         shape = tuple(leaves[path].shape)
         at = re.search(plan.stacked, path) if plan.stacked is not None else None
         layers = shape[0] if at is not None and len(shape) > 2 else 0
         inner = shape[1:] if layers else shape
-        pattern.check(path, inner)
+        scanned = plan.stacked is None and len(shape) > 2 and re.search(SCANNED, path)  # a layer's rank does not go by `stacked`
+        pattern.check(path, shape[1:] if scanned else inner)
         names = tuple(f"{path[: at.end()]}{i}/{path[at.end() :]}" for i in range(layers)) if at and layers else (path,)
         whole = jax.eval_shape(lambda x, p=pattern, k=bool(layers): p.pool(x, int(k)), jax.ShapeDtypeStruct(shape, jnp.float32))
         found.append(Part(path, inner, layers, int(np.prod(whole.shape[1:] if layers else whole.shape)), names))
@@ -187,13 +154,14 @@ def targets(plan: Plan, found: Sequence[Part]) -> Targets:
                 f"sparsity {asked} with the allocation {plan.allocation.name} is asked of a pattern that is {implied:g} sparse "
                 "everywhere; leave both out"
             )
-        return own
-    both = {**plan.allocation.targets(spread, plan.sparsity), **own}
+    both = {**(plan.allocation.targets(spread, plan.sparsity) if spread else {}), **own}
     both = {part.name: both[part.name] for part in found if part.name in both}
+    below = plan.allocation.outliers.spread if plan.allocation.outliers else 0.0  # so much lower a target may move
     for name, target in both.items():
-        if (target < plan.schedule.initial).any():
+        if (target - (0.0 if name in own else below) < plan.schedule.initial).any():
+            lowest = target.min() - (0.0 if name in own else below)
             raise ValueError(
-                f"the schedule starts at sparsity {plan.schedule.initial:g}, above the target {target.min():g} of {name}; "
+                f"the schedule starts at sparsity {plan.schedule.initial:g}, above the target {lowest:g} of {name}; "
                 "what is dropped stays dropped, so start lower"
             )
     return both

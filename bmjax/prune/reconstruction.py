@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bmjax.prune import threshold
+from bmjax.prune.kinds import number, whole
 
 _EXACT = lax.Precision.HIGHEST
 _TRIES = 6  # each with ten times the damping
@@ -23,7 +24,12 @@ class Target(NamedTuple):
     m: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError unless it is one of the two, and possible."""
+        """Raises ValueError unless it is one of the two, of the right kinds, and possible."""
+        if self.sparsity is not None:
+            number("the sparsity", self.sparsity)
+        for name, value in (("n", self.n), ("m", self.m)):
+            if value is not None:
+                whole(f"{name} of the pattern n:m", value)
         if self.sparsity is not None:
             if self.n is not None or self.m is not None:
                 raise ValueError(f"both sparsity={self.sparsity} and {self.n}:{self.m} are given; give one of them")
@@ -65,14 +71,22 @@ def wanda_mask(
         bool [in, out], True where a weight stays. Among equal scores the lower input stays.
 
     Raises:
-        ValueError: shapes that do not go together; both or neither of a sparsity and n:m; one out of range; m does not divide in.
+        ValueError: shapes that do not go together; both or neither of a sparsity and n:m; one out of range or no number; m does
+            not divide in; NaN outside jit, under which it goes first.
     """
     target = Target(sparsity, n, m)
     _check(kernel, target)
     if input_sq_mean.shape != kernel.shape[:1]:
         raise ValueError(f"input_sq_mean has shape {list(input_sq_mean.shape)}, expected {list(kernel.shape[:1])}: one an input")
+    threshold.refuse_nan("weights of the kernel", kernel)
+    threshold.refuse_nan("mean squares of the inputs", input_sq_mean)
+    return by_scores(kernel, input_sq_mean, target)
+
+
+def by_scores(kernel: jax.Array, input_sq_mean: jax.Array, target: Target) -> jax.Array:
+    """`wanda_mask` of checked arguments."""
     keep = 0 if target.m else kernel.shape[0] - target.dropped(kernel.shape[0])
-    return _wanda(kernel, input_sq_mean, keep, n, m)
+    return _wanda(kernel, input_sq_mean, keep, target.n, target.m)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4))
@@ -117,13 +131,15 @@ def sparsegpt_update(
         (the kernel in its dtype, 0 where dropped; bool [in, out], True where a weight stays).
 
     Raises:
-        ValueError: as `wanda_mask`; block or damp out of range.
+        ValueError: as `wanda_mask`; block or damp out of range. Under jit NaN makes everything NaN.
     """
     target = Target(sparsity, n, m)
     _check(kernel, target)
     check_settings(target, block, damp)
     if gram.shape != (kernel.shape[0],) * 2:
         raise ValueError(f"the gram matrix has shape {list(gram.shape)}, expected {[kernel.shape[0]] * 2}: inputs by inputs")
+    threshold.refuse_nan("weights of the kernel", kernel)
+    threshold.refuse_nan("entries of the gram matrix", gram)
     new, mask, _ = solve(kernel, gram, target, block, damp)
     return new, mask
 

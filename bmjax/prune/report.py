@@ -90,6 +90,8 @@ class Row(NamedTuple):
         zeros: how many are zero, pruned or not.
         sparsity: zeros / size.
         note: "pruned", or why it is left out.
+        alive: how many the mask drops and that are not zero: none, but for `straight_through`, before the first update, or where
+            `sparsify` is not the last of its chain.
     """
 
     path: str
@@ -97,6 +99,7 @@ class Row(NamedTuple):
     zeros: int
     sparsity: float
     note: str
+    alive: int = 0
 
 
 class Report(NamedTuple):
@@ -105,7 +108,7 @@ class Report(NamedTuple):
     Attributes:
         rows: one for each parameter, in the tree's order.
         total: all parameters together.
-        nans: NaN scores that the latest masks were made from; other than 0 it means that training has diverged.
+        nans: NaN scores that masks were made from so far; other than 0 it means that training has diverged.
     """
 
     rows: tuple[Row, ...]
@@ -125,7 +128,8 @@ def sparsity_report(params: Params, opt_state: Any) -> Report:
         zeros = leaf.size - int(jnp.count_nonzero(leaf))
         pruned = path in found and found[path].ndim > 0
         note = "pruned" if pruned else left_out(path, leaf.ndim) or "not selected"
-        rows.append(Row(path, leaf.size, zeros, zeros / max(leaf.size, 1), note))
+        alive = int(jnp.count_nonzero(jnp.where(found[path], 0, leaf))) if pruned else 0
+        rows.append(Row(path, leaf.size, zeros, zeros / max(leaf.size, 1), note, alive))
     size, zeros = sum(row.size for row in rows), sum(row.zeros for row in rows)
-    total = Row("total", size, zeros, zeros / max(size, 1), "")
+    total = Row("total", size, zeros, zeros / max(size, 1), "", sum(row.alive for row in rows))
     return Report(tuple(rows), total, sum(int(state.nans) for state in _states(opt_state)))

@@ -1,7 +1,7 @@
 """How much of the target sparsity is asked for at each step.
 
-Begin and end are steps (int), or fractions of the run (float) whose length is then given as `steps`. At its end every schedule
-asks for its target exactly, whatever the interval between updates.
+Begin and end are steps (int), counted from 0, or fractions of the run (float) whose length is then given as `steps`: 1.0 is its
+last update. At its end every schedule asks for its target exactly, whatever the interval between updates.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def _step(value: int | float, steps: int | None) -> int:
             raise ValueError(f"a schedule is given {value}, a fraction of the run; give its length too: steps=...")
         if not 0 <= value <= 1:
             raise ValueError(f"a schedule is given the fraction {value} of the run; expected 0 to 1, or a step as an int")
-        return round(value * steps)
+        if steps < 1:
+            raise ValueError(f"a schedule is given a run of {steps} steps; expected 1 or more")
+        return min(round(value * steps), steps - 1)  # the last update is number steps - 1
     if value < 0:
         raise ValueError(f"a schedule is given step {value}; steps count from 0")
     return value

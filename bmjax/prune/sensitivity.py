@@ -123,7 +123,8 @@ def analyse(
         criterion, pattern, where, stacked: as in `sparsify`. Criteria that need gradients are refused; `given` takes scores.
 
     Raises:
-        ValueError: as `sparsify`; sparsities that do not rise; a pattern whose sparsity is fixed; a quality that is no scalar.
+        ValueError: as `sparsify`; sparsities that do not rise; a pattern whose sparsity is fixed; a quality that is no scalar, or
+            NaN: it names the layer and the sparsity.
     """
     chosen = plan.make(criterion, sparsity=0.0, pattern=pattern, where=where, stacked=stacked)
     params = jax.tree.map(jnp.asarray, params)
@@ -131,7 +132,7 @@ def analyse(
     _check(chosen, sparsities)
     rows, sizes = _rows(chosen, found, params), _sizes(found)
     cut = jax.jit(lambda params, kept: masked(params, _masks(chosen, found, params, kept)))
-    dense = _scalar(quality(params))
+    dense = _scalar(quality(params), "the dense parameters")
     curves, places = [], []
     for row in rows:
         least = 1 if chosen.groups else 0  # as `sparsify`: a layer without neurons is no layer
@@ -140,7 +141,7 @@ def analyse(
         for count in counts:  # a small group comes to the same count more than once
             if count not in measured:
                 kept = [size - count if i in row.problems else size for i, size in enumerate(sizes)]
-                measured[count] = _scalar(quality(cut(params, words(kept))))
+                measured[count] = _scalar(quality(cut(params, words(kept))), f"{row.name} at sparsity {count / row.units:.3g}")
         curves.append([measured[count] for count in counts])
         places.append([count / row.units for count in counts])
     names, _, units, weights = zip(*rows)
@@ -207,7 +208,9 @@ def _masks(chosen: Plan, found: Sequence[Part], params: Params, kept: Words) -> 
     return trees.map_with_path(lambda path, _: masks.get(path, jnp.ones((), bool)), params)
 
 
-def _scalar(value: Any) -> float:
+def _scalar(value: Any, where: str) -> float:
     if np.ndim(value):
         raise ValueError(f"the quality has shape {list(np.shape(value))}; expected a scalar, higher is better")
-    return float(value)
+    if math.isnan(found := float(value)):
+        raise ValueError(f"the quality of {where} is NaN; expected a number, higher is better, so see what makes it NaN there")
+    return found

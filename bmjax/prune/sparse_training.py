@@ -166,7 +166,7 @@ def ac_dc(
             choice = plan.choose(chosen, found, raw, jnp.int32(0), None, held.cuts)
             masks = trees.map_with_path(lambda path, _: choice.masks.get(path, jnp.ones((), bool)), params)
             masks = jax.tree.map(lambda mask: mask | ~sparse, masks)
-            new = held._replace(masks=_stored(masks, packed), nans=choice.nans, cuts=choice.cuts)
+            new = held._replace(masks=_stored(masks, packed), nans=held.nans + choice.nans, cuts=choice.cuts)
             return new, masking.without_fresh(gradients, new, held)
 
         gradients, state = masking.when_with_gradients(turns, renew, state, gradients)
@@ -253,15 +253,20 @@ def _evolving(name: str, chosen: Plan, grow: _Grow, begin: int, end: int, every:
             weights, slopes = trees.paths(params), trees.paths(gradients)
             scores = [grow(part, slopes[part.name], step) for part in found]
             nans = sum((jnp.sum(jnp.isnan(score), dtype=jnp.int32) for score in scores), start=jnp.int32(0))
-            masks = _exchange(chosen, found, [old[part.name] for part in found], weights, scores, fraction)
+            masks, cuts = _exchange(chosen, found, [old[part.name] for part in found], weights, scores, fraction, held.cuts)
             whole = trees.map_with_path(lambda path, _: masks.get(path, jnp.ones((), bool)), params)
-            new = held._replace(masks=_stored(whole, packed), nans=nans)
+            new = held._replace(masks=_stored(whole, packed), nans=held.nans + nans, cuts=cuts)
             return new, masking.without_fresh(gradients, new, held)
 
         gradients, state = masking.when_with_gradients(due, renew, state, gradients)
         return gradients, state._replace(count=optax.safe_increment(step))
 
-    return Masking(name, lambda params: _start(chosen, params, packed), advance, gradients=True)
+    def init(params: Params) -> SparsifyState:
+        found = plan.parts(chosen, params)
+        thresholds = 2 * plan.problems(chosen, found, plan.targets(chosen, found))  # of what stays, and of what grows
+        return _start(chosen, params, packed)._replace(cuts=jnp.zeros((thresholds,), jnp.uint32))
+
+    return Masking(name, init, advance, gradients=True)
 
 
 def _exchange(
@@ -271,12 +276,14 @@ def _exchange(
     weights: dict[str, jax.Array],
     scores: Sequence[jax.Array],
     fraction: jax.Array,
-) -> dict[str, jax.Array]:
-    """New masks: a fraction of the smallest weights goes, and as many of the others grow, by score."""
+    near: jax.Array,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """New masks, and their thresholds: a fraction of the smallest weights goes, and as many of the others grow, by score."""
     asked, stacks = plan.targets(chosen, found), [int(bool(part.layers)) for part in found]
     live = [part.units - round(float(share) * part.units) for part in found for share in np.atleast_1d(asked[part.name])]
     moved = scaled(words(live), fraction, 1e-3)  # the cosine is rounded
     held = [jnp.where(mask, jnp.abs(weights[part.name]), -jnp.inf) for part, mask in zip(found, old)]
-    kept = threshold.rank(held, minus(words(live), moved), stacks=stacks).masks
-    grown = threshold.rank([jnp.where(k, -jnp.inf, s) for k, s in zip(kept, scores)], moved, stacks=stacks).masks
-    return {part.name: k | g for part, k, g in zip(found, kept, grown)}
+    kept, first = threshold.rank(held, minus(words(live), moved), stacks=stacks, near=near[: len(live)])
+    others = [jnp.where(k, -jnp.inf, s) for k, s in zip(kept, scores)]
+    grown, second = threshold.rank(others, moved, stacks=stacks, near=near[len(live) :])
+    return {part.name: k | g for part, k, g in zip(found, kept, grown)}, jnp.concatenate([first, second])

@@ -54,7 +54,8 @@ def straight_through(
     2020 (Top-KAST, dense backward pass).
 
     Args:
-        criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`.
+        criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`. A criterion of gradients sees them
+            only if `tx` is the first of its chain; behind an optimiser it would score updates.
         schedule: `periodic()` if none. Masks go on following the weights after its end, at its target.
         every: steps from one making of masks to the next.
 

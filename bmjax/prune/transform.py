@@ -6,11 +6,12 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bmjax import trees
 from bmjax.prune import masking, packing, plan
-from bmjax.prune.allocation import Allocation
+from bmjax.prune.allocation import Allocation, Part, Targets
 from bmjax.prune.criteria import Criterion, Seen
 from bmjax.prune.masking import Masking, SparsifyState
 from bmjax.prune.patterns import Pattern, Sparsity, masked
@@ -33,6 +34,8 @@ def gradual(chosen: Plan, *, packed: bool = False, free: bool = False) -> Maskin
         found = plan.parts(chosen, params)
         asked = plan.targets(chosen, found)
         pruned = [part for part in found if part.name in asked]
+        if not free and not chosen.groups:
+            _check_zeros(chosen, pruned, asked, params)
         statistics = chosen.criterion.init(params)
         # Not for its result: it raises now what would otherwise be raised when the first step is traced.
         jax.eval_shape(lambda p: plan.scores(chosen, Seen(p, p, statistics), [part.name for part in pruned]), params)
@@ -66,6 +69,26 @@ def gradual(chosen: Plan, *, packed: bool = False, free: bool = False) -> Maskin
     return Masking(chosen.criterion.name, init, advance, chosen.criterion.gradients)
 
 
+def _check_zeros(chosen: Plan, pruned: list[Part], asked: Targets, params: Params) -> None:
+    """Raises ValueError for weights that are sparser than they are to become: those dropped earlier would come back."""
+    leaves = trees.paths(params)
+    if any(isinstance(leaves[part.name], (jax.core.Tracer, jax.ShapeDtypeStruct)) for part in pruned):
+        return  # there are no numbers to look at
+    with jax.ensure_compile_time_eval():  # `init` may be traced and close over numbers
+        shares = {part.name: 1 - int(jnp.count_nonzero(leaves[part.name])) / leaves[part.name].size for part in pruned}
+    if chosen.allocation.across:
+        sizes = [leaves[name].size for name in shares]
+        shares = {"all weights together": sum(s * n for s, n in zip(shares.values(), sizes)) / sum(sizes)}
+        asked = {"all weights together": asked[pruned[0].name]}
+    for name, share in shares.items():
+        target = float(np.mean(asked[name]))
+        if target + 1e-6 < share < 1:  # an array of nothing but zeros was only initialised so
+            raise ValueError(
+                f"{name}: {share:.4g} of the weights are zero already, and the target is {target:g}, so weights dropped earlier "
+                "would come back; ask for more, or keep them with static_sparse(optimizer, masks=...)"
+            )
+
+
 def _renewed(chosen: Plan, state: SparsifyState, seen: Seen, params: Params, packed: bool, free: bool) -> SparsifyState:
     found = plan.parts(chosen, params)
     asked = plan.targets(chosen, found)
@@ -76,7 +99,7 @@ def _renewed(chosen: Plan, state: SparsifyState, seen: Seen, params: Params, pac
     choice = plan.choose(chosen, found, raw, state.count, old, state.cuts)
     masks = _masks(chosen, choice, params)
     stored = jax.tree.map(packing.pack, masks) if packed else masks
-    return state._replace(masks=stored, keeps=choice.keeps, nans=choice.nans, cuts=choice.cuts)
+    return state._replace(masks=stored, keeps=choice.keeps, nans=state.nans + choice.nans, cuts=choice.cuts)
 
 
 def _masks(chosen: Plan, choice: Choice, params: Params) -> Params:
@@ -126,7 +149,7 @@ def sparsify(
 
     Raises:
         ValueError: a value out of range, a criterion that needs gradients, or at `init` a name, regex, group, pattern or score
-            that does not fit the parameters.
+            that does not fit the parameters, or a target below the share of weights that are zero already.
     """
     chosen = plan.make(
         criterion,

@@ -69,7 +69,9 @@ class Linears:
         """
         for number, batch in enumerate(batches):
             if difference := trees.first_difference(self._like, _shapes(batch)):
-                raise ValueError(f"calibration batches must be alike: in batch {number}, {difference}")
+                # A batch that is one array has no path.
+                named = f"the batch{difference}" if difference.startswith(" ") else difference
+                raise ValueError(f"calibration batches must be alike: in batch {number}, {named}")
         return _Stream(self._planner, params, batches, visit).run(self._stages, self._batch_slots)
 
 

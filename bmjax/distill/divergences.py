@@ -1,0 +1,123 @@
+"""Other divergences between the teacher's distribution and the student's: reverse, mixed, total variation."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.distill.logits import kd
+from bmjax.distill.numerics import check_pair, check_share, check_temperature, log_probabilities, relative_entropy, squared
+
+_FLOOR = -200.0  # of a log-probability in a mixture: exp of it is 0, and differences of two are finite
+_SERIES = 0.02  # below it exp(d) - 1 - d loses digits
+
+
+def reverse_kl(s: jax.Array, t: jax.Array, temperature: float = 1.0, t_squared: bool = True) -> jax.Array:
+    """T^2 KL(p_s || p_t): the student seeks the teacher's modes (Gu et al. 2024, MiniLLM, eq. 1). The usual weight is 1.
+
+    Args:
+        s, t: student's and teacher's logits [..., C] float.
+        temperature: above 0.
+        t_squared: False leaves the factor T^2 out.
+
+    Returns:
+        [...] float32, 0 or more; 0 at s = t; infinite where the student holds possible what the teacher rules out by -inf.
+
+    Raises:
+        ValueError: shapes that differ, a temperature that is not above 0 or not finite.
+    """
+    check_pair("reverse_kl", s, t)
+    check_temperature(temperature)
+    value = relative_entropy(log_probabilities(s, temperature), log_probabilities(t, temperature))
+    return squared(value, temperature, t_squared)
+
+
+def jsd(s: jax.Array, t: jax.Array, beta: float = 0.5, temperature: float = 1.0, t_squared: bool = True) -> jax.Array:
+    """T^2 [beta KL(p_t || m) + (1 - beta) KL(p_s || m)] / (beta (1 - beta)), with m = beta p_t + (1 - beta) p_s.
+
+    The generalised Jensen-Shannon divergence (Agarwal et al. 2024, GKD, eq. 1), divided so that it goes over to the forward KL at
+    beta = 0 and to the reverse KL at beta = 1; without that it vanishes at both ends. The usual weight is 1; at beta = 1/2 it is
+    four times the Jensen-Shannon divergence.
+
+    Args:
+        s, t: student's and teacher's logits [..., C] float.
+        beta: in [0, 1].
+        temperature, t_squared: as for `reverse_kl`.
+
+    Returns:
+        [...] float32, 0 or more; 0 at s = t; at most T^2 log(2) 4 at beta = 1/2.
+
+    Raises:
+        ValueError: as for `reverse_kl`, and beta outside [0, 1].
+    """
+    check_share("jsd", "beta", beta)
+    if beta == 0:
+        return kd(s, t, temperature, t_squared)
+    if beta == 1:
+        return reverse_kl(s, t, temperature, t_squared)
+    check_pair("jsd", s, t)
+    check_temperature(temperature)
+    log_p, log_q = _floored(t, temperature), _floored(s, temperature)
+    value = _to_mixture(log_p, log_q, 1 - beta) / (1 - beta) + _to_mixture(log_q, log_p, beta) / beta
+    return squared(value, temperature, t_squared)
+
+
+def skew_kl(s: jax.Array, t: jax.Array, alpha: float = 0.1, temperature: float = 1.0, t_squared: bool = True) -> jax.Array:
+    """T^2 KL(p_t || alpha p_t + (1 - alpha) p_s): a KL with a bounded gradient (Ko et al. 2024, DistiLLM, eq. 3).
+
+    Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the forward KL. The usual weight is 1.
+    """
+    check_share("skew_kl", "alpha", alpha, open_high=True)
+    if alpha == 0:
+        return kd(s, t, temperature, t_squared)
+    check_pair("skew_kl", s, t)
+    check_temperature(temperature)
+    value = _to_mixture(_floored(t, temperature), _floored(s, temperature), 1 - alpha)
+    return squared(value, temperature, t_squared)
+
+
+def skew_reverse_kl(
+    s: jax.Array, t: jax.Array, alpha: float = 0.1, temperature: float = 1.0, t_squared: bool = True
+) -> jax.Array:
+    """T^2 KL(p_s || (1 - alpha) p_t + alpha p_s) (Ko et al. 2024, DistiLLM, section 3.1).
+
+    Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the reverse KL. The usual weight is 1.
+    """
+    check_share("skew_reverse_kl", "alpha", alpha, open_high=True)
+    if alpha == 0:
+        return reverse_kl(s, t, temperature, t_squared)
+    check_pair("skew_reverse_kl", s, t)
+    check_temperature(temperature)
+    value = _to_mixture(_floored(s, temperature), _floored(t, temperature), 1 - alpha)
+    return squared(value, temperature, t_squared)
+
+
+def tvd(s: jax.Array, t: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """Half the sum of |p_t - p_s|: the total variation distance (Wen et al. 2023, f-DISTILL, eq. 8). The usual weight is 1.
+
+    No factor T^2. Arguments, shapes and errors as for `reverse_kl`; in [0, 1], and 0 at s = t.
+    """
+    check_pair("tvd", s, t)
+    check_temperature(temperature)
+    p, q = jnp.exp(log_probabilities(t, temperature)), jnp.exp(log_probabilities(s, temperature))
+    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def _floored(logits: jax.Array, temperature: float) -> jax.Array:
+    return jnp.maximum(log_probabilities(logits, temperature), _FLOOR)
+
+
+def _to_mixture(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
+    """KL(a || m) with m = (1 - share) a + share b, [...]; exact in its leading digits also where share is small.
+
+    With d = log(m / a) it is the sum of a (exp(d) - 1 - d), whose parts are all 0 or more: the usual sum of a d cancels.
+    """
+    ratio = log_b - log_a
+    log_m = jnp.logaddexp(log_a + math.log1p(-share), log_b + math.log(share))
+    near = ratio < 30
+    d = jnp.where(near, jnp.log1p(share * jnp.expm1(jnp.where(near, ratio, 0.0))), log_m - log_a)
+    series = jnp.square(d) * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
+    a = jnp.exp(log_a)
+    return jnp.sum(jnp.where(jnp.abs(d) < _SERIES, a * series, jnp.exp(log_m) - a - a * d), axis=-1)

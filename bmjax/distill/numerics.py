@@ -1,0 +1,46 @@
+"""What the losses on logits share: checks, and sums over classes that stay finite."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+UNDERFLOW = -87.0  # exp of less is 0, or a number that float32 does not hold in full
+
+
+def check_pair(name: str, s: jax.Array, t: jax.Array) -> None:
+    """Raises ValueError if the two arrays differ in shape: a batch of 1 would broadcast in silence."""
+    if jnp.shape(s) != jnp.shape(t):
+        raise ValueError(
+            f"{name}: the student's array is {list(jnp.shape(s))} and the teacher's {list(jnp.shape(t))}; they must agree"
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError on a number that is not above 0 or not finite; a traced one passes."""
+    if isinstance(temperature, int | float) and not 0 < temperature < math.inf:
+        raise ValueError(f"the distillation temperature is {temperature}; expected a number above 0")
+
+
+def check_share(name: str, what: str, value: float, *, open_high: bool = False) -> None:
+    """Raises ValueError on a number outside [0, 1], or outside [0, 1) with `open_high`."""
+    if not (0 <= value < 1 or (value == 1 and not open_high)):
+        raise ValueError(f"{name}: {what} is {value}; expected a number in [0, 1{')' if open_high else ']'}")
+
+
+def log_probabilities(logits: jax.Array, temperature: float) -> jax.Array:
+    """[..., C] float32: log-softmax at a temperature."""
+    return jax.nn.log_softmax(logits.astype(jnp.float32) / temperature)
+
+
+def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """[...]: sum of p (log p - log q) over the last axis; a class of p = 0 contributes 0, also where q = 0."""
+    # Chosen by the logarithm: a choice by p > 0 makes the pass of q need the exponentials of p.
+    return jnp.sum(jnp.exp(log_p) * jnp.where(log_p > UNDERFLOW, log_p - log_q, 0.0), axis=-1)
+
+
+def squared(values: jax.Array, temperature: float, t_squared: bool) -> jax.Array:
+    """The values times T^2, if `t_squared`: the gradient's size then stays about the same when the temperature changes."""
+    return values * temperature**2 if t_squared else values
