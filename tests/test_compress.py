@@ -214,6 +214,7 @@ def test_a_job_that_was_killed_goes_on(finished, source, tmp_path, monkeypatch):
     assert lasting(again) == lasting(results)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_loses_layers_heads_and_neurons(source, tmp_path):
     model = Transformer(patch=2, layers=2, width=8, heads=2, neurons=16)
     results = jobs.compress(config(source(True), model, mesh="data=8"), tmp_path, "c")

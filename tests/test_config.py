@@ -320,7 +320,7 @@ def test_help_lists_flags_presets_and_fields(command):
         "Tries the command line.",
         "--workdir",
         "small   The small one.",
-        "Usage: python ",
+        "Usage: python",  # a long path goes to the next line
         "config.optimizer: the optimiser\n  --config.optimizer.learning_rate  float",
         "--config.optimizer.learning_rate",
         "peak learning rate",

@@ -193,6 +193,7 @@ def train(name, place, steps=2, **kw):
     return begun, jax.device_get(state.params), history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TERMS)
 def test_eight_devices_relate_the_global_batch(name):
     """Under SGD, with whole shards of padding; Adam would hide a wrong factor of the gradient."""

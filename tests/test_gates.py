@@ -147,6 +147,7 @@ def test_kernels_that_read_the_elements_carry_them():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [RESIDUAL, VIT, CONVOLUTIONS], ids=["residual", "vit", "convolutions"])
 def test_gates_at_zero_give_the_masked_model(case):
     model, params, state, batch, groups, carriers = found(*case)
@@ -211,6 +212,7 @@ def test_keeps_are_the_open_gates_filled_up_to_equal_layers():
     np.testing.assert_array_equal(flat.keeps({"rows": jnp.full(4, -9.0)})["rows"], [1, 0, 0, 0])  # one stays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [RESIDUAL, VIT, CONVOLUTIONS], ids=["residual", "vit", "convolutions"])
 def test_the_compact_model_evaluates_like_the_gated_one(case):
     model, params, state, batch, groups, carriers = found(*case)
@@ -267,6 +269,7 @@ def on_one_device():
     return train(network(), "data=1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "executor", "accumulate"),
     [
@@ -298,6 +301,7 @@ def test_the_penalty_counts_with_tokens():
     assert (float(mean.total), float(mean.count)) == (3.5 * 2.5, 2.5)
 
 
+@pytest.mark.slow
 def test_useless_gates_close_and_useful_ones_stay_open():
     """Of 8 neurons two decide, by the sign of the first input; SGD, 8 devices."""
     model, params, _, _, groups, carriers = found(PlainMLP((8,), 2), (5, 7), ("hidden_0",))

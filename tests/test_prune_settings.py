@@ -35,6 +35,7 @@ def digits(workdir, *flags):
     return launch(workdir, *data, "--config.model=Plain", "--config.model.hidden=12,8", "--config.run.steps=12", *flags)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "flags"),
     [
@@ -77,6 +78,7 @@ def mask_of(state, path):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradual", "straight_through"])
 def test_two_of_four_run_along_what_each_layer_contracts(tmp_path, method):
     text = tmp_path / "text.txt"

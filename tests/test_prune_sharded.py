@@ -411,6 +411,7 @@ def check_method(method, packed, mesh):
     assert {path: int((~found[-1][path]).sum()) for path in (A, C)} == {A: 2048 - LIVE[A], C: 2 * (2048 - LIVE[C])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "packed"), [("static_sparse", True), ("rigl", False), ("straight_through", True)])
 def test_partitioned_sparse_training_is_that_of_one_device_and_of_numpy(method, packed):
     check_method(method, packed, MESHES[1])

@@ -106,6 +106,7 @@ def test_masks_are_compiled_once_and_nothing_is_measured_twice():
         assert len(changed) == 1
 
 
+@pytest.mark.slow
 def test_groups_and_the_elements_of_each_layer():
     params = weights()
     pattern = prune.groups([NEURONS, LAYERS])
@@ -142,6 +143,7 @@ def test_blocks_are_the_units_and_what_chooses_by_itself_is_left_out():
     assert [int((leaf == 0).sum()) for leaf in seen] == [0, 12, 12, 0]
 
 
+@pytest.mark.slow
 def test_partitioned_parameters_give_the_same_and_stay_partitioned():
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
     split = jax.tree.map(lambda p: NamedSharding(mesh, P(*[None] * (p.ndim - 2), "fsdp", "tensor")), weights())
@@ -263,6 +265,7 @@ def stacked_curves():
     return prune.analyse(quality, weights(), stacked="layers/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sparsify", "around", "straight through"])
 def test_the_whole_is_as_sparse_as_asked(stacked_curves, method):
     params, curves = jax.tree.map(jnp.asarray, weights()), stacked_curves
