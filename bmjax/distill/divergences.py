@@ -70,12 +70,7 @@ def skew_kl(s: jax.Array, t: jax.Array, alpha: float = 0.1, temperature: float =
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the forward KL. The usual weight is 1.
     """
     check_share("skew_kl", "alpha", alpha, open_high=True)
-    if alpha == 0:
-        return kd(s, t, temperature, t_squared)
-    check_pair("skew_kl", s, t)
-    check_temperature(temperature)
-    value = _to_mixture(_floored(t, temperature), _floored(s, temperature), 1 - alpha)
-    return squared(value, temperature, t_squared)
+    return _skewed("skew_kl", s, t, alpha, temperature, t_squared) if alpha else kd(s, t, temperature, t_squared)
 
 
 def skew_reverse_kl(
@@ -86,12 +81,7 @@ def skew_reverse_kl(
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the reverse KL. The usual weight is 1.
     """
     check_share("skew_reverse_kl", "alpha", alpha, open_high=True)
-    if alpha == 0:
-        return reverse_kl(s, t, temperature, t_squared)
-    check_pair("skew_reverse_kl", s, t)
-    check_temperature(temperature)
-    value = _to_mixture(_floored(s, temperature), _floored(t, temperature), 1 - alpha)
-    return squared(value, temperature, t_squared)
+    return _skewed("skew_reverse_kl", t, s, alpha, temperature, t_squared) if alpha else reverse_kl(s, t, temperature, t_squared)
 
 
 def tvd(s: jax.Array, t: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -103,6 +93,13 @@ def tvd(s: jax.Array, t: jax.Array, temperature: float = 1.0) -> jax.Array:
     check_temperature(temperature)
     p, q = jnp.exp(log_probabilities(t, temperature)), jnp.exp(log_probabilities(s, temperature))
     return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+
+
+def _skewed(name: str, b: jax.Array, a: jax.Array, alpha: float, temperature: float, t_squared: bool) -> jax.Array:
+    """T^2 KL(a || alpha a + (1 - alpha) b) of the softmaxes of two logits."""
+    check_pair(name, b, a)
+    check_temperature(temperature)
+    return squared(_to_mixture(_floored(a, temperature), _floored(b, temperature), 1 - alpha), temperature, t_squared)
 
 
 def _floored(logits: jax.Array, temperature: float) -> jax.Array:

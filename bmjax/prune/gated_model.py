@@ -23,8 +23,8 @@ class Gated:
     """A `Model` whose parameters are the model's own and, under "gates", the log alphas; made by `gated`.
 
     The model's paths stay what they are, for rules, regexes and `axes`; the log alphas of a group "stage_0/inner" are at
-    "gates/stage_0.inner". Training draws gates from the step's key, the same on
-    every device and in every microbatch; evaluation takes those without noise.
+    "gates/stage_0.inner". Training draws gates from the step's key, the same on every device and in every microbatch;
+    evaluation takes those without noise.
 
     Attributes:
         model: without gates.

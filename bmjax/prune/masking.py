@@ -174,8 +174,8 @@ def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.Gra
         # Zeroed before the step: where the optimiser makes zeros of zeros, nothing is left to do after it, and the compiler can
         # update parameters and moments in place. Zeroed after it, all moments would be copied at every step.
         updates, inner = step(seen, _zeroed(state.inner, masks, places))
-        left = set(places) - _kept_zero(step, seen, state.inner, places)
-        inner = _zeroed(inner, masks, {path: places[path] for path in places if path in left})
+        safe = _kept_zero(step, seen, state.inner, places)
+        inner = _zeroed(inner, masks, {path: name for path, name in places.items() if path not in safe})
         return emit(masks, updates, params), AroundState(inner, pruning)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -207,7 +207,12 @@ def _zeroed(inner: Any, masks: Params, places: dict[str, str]) -> Any:
 
 
 def _kept_zero(step: Callable[..., Any], gradients: Params, inner: Any, places: dict[str, str]) -> set[str]:
-    """Paths of an optimiser's state that are zero after a step where they and the gradient were zero before it."""
+    """Paths of an optimiser's state that are zero after a step where they and the gradient were zero before it.
+
+    None outside jit, where there is no program to make faster and reading the step would be done anew each time.
+    """
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((gradients, inner))):
+        return set()
     names = [*trees.paths(gradients), *(places.get(path) for path in trees.paths(inner))]
     found = zeros.zero_where(lambda gradients, inner: step(gradients, inner)[1], (gradients, inner), names)
     return {path for path, name in zip(trees.paths(inner), found) if path in places and name == places[path]}
