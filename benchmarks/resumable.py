@@ -84,11 +84,11 @@ def fractions(text: str, what: str) -> list[float]:
     return found
 
 
-def parse(parser: argparse.ArgumentParser, presets: dict[str, dict[str, Any]]) -> argparse.Namespace:
+def parse(parser: argparse.ArgumentParser, presets: dict[str, dict[str, Any]], default: str = "cpu") -> argparse.Namespace:
     """The command line, with the preset's value where a flag is not given."""
-    parser.add_argument("--preset", choices=presets, default="cpu", help="what the other flags are where they are not given")
+    parser.add_argument("--preset", choices=presets, default=default, help="what the other flags are where they are not given")
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--preset", default="cpu")
+    first.add_argument("--preset", default=default)
     parser.set_defaults(**presets.get(first.parse_known_args()[0].preset, {}))
     return parser.parse_args()
 

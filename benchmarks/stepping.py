@@ -22,32 +22,41 @@ class Trained(NamedTuple):
     diverged_at: int | None
 
 
-def check(problem: Any, mesh: Any, example: Any, executor: str = "auto") -> None:
+def check(problem: Any, mesh: Any, example: Any, executor: str = "auto", frozen: Any = None) -> None:
     """Raises ValueError, and compiles nothing, where the optimiser's state, the mesh or the executor do not fit the problem."""
     import jax
 
     from bmjax.train import abstract_state, make_step
     from bmjax.train import run as runs
 
-    state = abstract_state(problem, mesh, runs.rules_of(problem.model), jax.random.key(0), example)
+    state = abstract_state(problem, mesh, runs.rules_of(problem.model), jax.random.key(0), example, frozen=frozen)
     make_step(problem, mesh, state, executor)
 
 
-def train(problem: Any, mesh: Any, batches: Any, steps: int, seed: int, executor: str = "auto", threads: int = 0) -> Trained:
-    """Trains a fresh model of the seed for so many steps, batch i of `batches` in step i."""
+def train(
+    problem: Any,
+    mesh: Any,
+    batches: Any,
+    steps: int,
+    seed: int,
+    executor: str = "auto",
+    threads: int = 0,
+    frozen: Any = None,
+) -> Trained:
+    """Trains a fresh model of the seed for so many steps, batch i of `batches` in step i; `frozen` is the teacher's."""
     import jax
 
     from bmjax import data, parallel
     from bmjax.train import init_state, make_step
     from bmjax.train import run as runs
 
-    state: Any = init_state(problem, mesh, runs.rules_of(problem.model), jax.random.key(seed), batches[0])
+    state: Any = init_state(problem, mesh, runs.rules_of(problem.model), jax.random.key(seed), batches[0], frozen=frozen)
     step = make_step(problem, mesh, state, executor)
     start, losses, lost = time.perf_counter(), list[Any](), None
     first = start
     with contextlib.closing(data.stream(batches, 0, steps, threads)) as host:
         for done, batch in enumerate(parallel.feed(host, mesh), 1):
-            state, metrics = step(state, None, batch)
+            state, metrics = step(state, frozen, batch)
             losses.append(metrics["loss"])
             if done == 1:  # it compiles
                 jax.block_until_ready(losses)

@@ -142,6 +142,9 @@ class Term(NamedTuple):
         apply: (ctx, student, teacher, batch) -> Mean or (Mean, new state).
         student_features, teacher_features: names that the forward passes must capture for it.
         relates_examples: True if an item's value depends on the other examples; then microbatches are refused unless meant.
+        bind: (student Model, teacher Model or None) -> Term: the term to take in this one's place where the two models are known,
+            for a term whose layers follow from theirs; None where there is nothing to find out.
+        schedules: {argument: step -> number} that the term follows, so that their ends can be checked and their values logged.
     """
 
     init: Callable[..., tuple[Params, Any]]
@@ -149,8 +152,12 @@ class Term(NamedTuple):
     student_features: tuple[str, ...] = ()
     teacher_features: tuple[str, ...] = ()
     relates_examples: bool = False
+    bind: Callable[[Any, Any], Any] | None = None
+    schedules: Mapping[str, Callable[[Any], Any]] = {}  # nobody writes to it
 
 
+# (model, params, batch, key, step) -> the batch that is trained on, such as one of the model's own samples
+Rollout: TypeAlias = Callable[[Any, Params, Batch, jax.Array, jax.Array], Batch]
 View: TypeAlias = Callable[[Params, Any, jax.Array], Params]  # (params, opt_state, step) -> what the forward pass sees
 LossTerm: TypeAlias = Term | Callable[..., Mean]
 

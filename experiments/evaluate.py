@@ -30,6 +30,7 @@ def tables(results: dict[str, Any]) -> list[rich.table.Table]:
     """All figures that are one number, and those of each class where there are few."""
     metrics, step = results["metrics"], results["step"]
     title = f"{results['data']}, {results['split']} split" + ("" if step is None else f", step {step:,}")
+    title += ", moving average" if results["weights"] == "moving average" else ""
     whole = rich.table.Table("metric", "value", title=title)
     for name, value in metrics.items():
         if isinstance(value, dict):

@@ -7,12 +7,16 @@ functions: loss terms, transforms of the optimiser, param views, the model, the 
 python -m experiments.train --config.run.steps=300 --config.run.optimizer.learning_rate=3e-3
 python -m experiments.train --config=lm --config.data.source=text:<folder> --config.model.layers=6 --workdir=runs/mine
 python -m experiments.train --config.teacher.pretrained=runs/big --config.model.hidden=32,16
+python -m experiments.train --config.teacher.pretrained=runs/a,runs/b --config.teacher.precision=int8
+python -m experiments.train --config.teacher.generations=3
+python -m experiments.train --config.teacher=mean --config.teacher.decay=0.99
 python -m experiments.train --config=lm --help=optimizer
 """
 
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import rich.console
@@ -29,6 +33,8 @@ def main(settings: Config, workdir: pathlib.Path, command: str) -> None:
     results = train(settings, workdir, command)
     console = rich.console.Console()
     console.print(table(results))
+    if results["dense"]:
+        console.print(dense(results["dense"]), soft_wrap=True)
     if results["bytes_note"]:
         console.print(results["bytes_note"], soft_wrap=True)
     console.print(f"export: {(workdir / EXPORT).absolute()}", soft_wrap=True)
@@ -41,11 +47,25 @@ def table(results: dict[str, Any]) -> rich.table.Table:
     shown = rich.table.Table("test split", *(model["name"] for model in results["models"]))
     for name, write in {**figures(results["kind"]), **COSTS}.items():
         shown.add_row(name, *map(write, results["models"]))
+    for name, write in STEPS.items():
+        if any(cells := [write(model.get("step") or {}) for model in results["models"]]):
+            shown.add_row(name, *[cell or "-" for cell in cells])
+    if any(model["weights"] != "last step" for model in results["models"]):
+        shown.add_row("parameters of", *[model["weights"] for model in results["models"]])
     if results.get("bigram_bits") is not None:
         shown.add_row("a bigram's bits per token", *[f"{results['bigram_bits']:.4f}"] * len(results["models"]))
     if results.get("bigram_bits_per_byte") is not None:
         shown.add_row("a bigram's bits per byte", *[f"{results['bigram_bits_per_byte']:.4f}"] * len(results["models"]))
     return shown
+
+
+def dense(rows: list[dict[str, Any]]) -> str:
+    """What pruning left out, by reason; the parameters' names are in results.json."""
+    sizes: dict[str, list[int]] = {}
+    for row in rows:
+        sizes.setdefault(row["why"], []).append(row["size"])
+    said = [f"{why} ({sum(found):,} parameters in {len(found)} array{'s'[: len(found) > 1]})" for why, found in sizes.items()]
+    return f"left dense: {', '.join(said)}"
 
 
 def figures(kind: str) -> dict[str, Any]:
@@ -70,6 +90,16 @@ COSTS = {
     "zero kernel weights": lambda model: f"{model['sparsity']:.1%}",
     "training steps": lambda model: f"{model['train_steps']:,}",
 }
+
+STEPS = {  # of one step, on each device; the teacher's parts of it
+    "step memory, MiB": lambda step: _if_there(step, "peak_bytes", lambda value: f"{value / 2**20:.3g}"),
+    "teacher's FLOPs": lambda step: _if_there(step, "teacher_flops_share", "{:.1%}".format),
+    "teacher's time": lambda step: _if_there(step, "teacher_time_share", "{:.1%}".format),
+}
+
+
+def _if_there(step: dict[str, Any], name: str, write: Callable[[Any], str]) -> str:
+    return write(step[name]) if name in step else ""
 
 
 def _or_dash(value: float | None) -> str:

@@ -22,8 +22,9 @@ def wide(tree):
 
 
 def close(found, want, rtol=1e-5, floor=1e-3):
-    """Within `rtol` of each number, and of the largest or of `floor`."""
-    np.testing.assert_allclose(found, want, rtol=rtol, atol=rtol * max(np.abs(want).max(), floor))
+    """Within `rtol` of each number, and of the largest finite one or of `floor`."""
+    largest = np.abs(np.asarray(want)[np.isfinite(want)]).max(initial=floor)
+    np.testing.assert_allclose(found, want, rtol=rtol, atol=rtol * largest)
 
 
 def per_layer(layers, size, kept, seed):
@@ -63,16 +64,18 @@ def rotated(x, positions, base):
     return np.concatenate([z.real, z.imag], -1)
 
 
-def attention(x, p, mask, positions=None, rope_base=None):
-    """mask is [B, T, T]; queries and keys are turned where there is a `rope_base`."""
+def attention(x, p, mask, positions=None, rope_base=None, found=None):
+    """mask is [B, T, T]; queries and keys are turned where there is a `rope_base`; its insides go into the dict `found`."""
+    found = {} if found is None else found
     q, k, v = (project(x, p[name], "btd,dhk->bthk") for name in ("query", "key", "value"))
     if "query_norm" in p:
         q, k = rmsnorm(q, p["query_norm"]), rmsnorm(k, p["key_norm"])
     if rope_base is not None:
         q, k = rotated(q, positions, rope_base), rotated(k, positions, rope_base)
+    found |= {"query": q, "key": k, "value": v}
     k, v = (np.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
     scores = np.einsum("bthk,bshk->bhts", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(mask[:, None], scores, -np.inf)
+    scores = found["scores"] = np.where(mask[:, None], scores, -np.inf)
     scores = np.exp(scores - scores.max(-1, keepdims=True))
     out = np.einsum("bhts,bshk->bthk", scores / scores.sum(-1, keepdims=True), v)
     return project(out, p["out"], "bthk,hkd->btd")
@@ -96,7 +99,9 @@ def transformer(p, x, norm, kind, *attend):
     """(end, features) of pre-norm blocks and the norm behind them; `attend` goes to `attention`."""
     norm, found = NORMS[norm], {}
     for i, layer in enumerate(layers_of(p)):
-        branch = found[f"layers/{i}/attention"] = attention(norm(x, layer["norm_attention"]), layer["attention"], *attend)
+        inside = {}
+        branch = attention(norm(x, layer["norm_attention"]), layer["attention"], *attend, found=inside)
+        found |= {f"layers/{i}/attention": branch, **{f"layers/{i}/attention/{name}": value for name, value in inside.items()}}
         x = x + branch
         branch = found[f"layers/{i}/mlp"] = mlp(norm(x, layer["norm_mlp"]), layer, kind)
         x = found[f"layers/{i}"] = x + branch

@@ -170,6 +170,23 @@ def test_soft_cross_entropy_has_the_gradient_of_kd():
     np.testing.assert_allclose(*slopes, atol=1e-6)
 
 
+def test_the_slopes_of_kd_are_those_of_the_formula():
+    """By the student, by the teacher (two students that learn from each other), by the temperature, and of second order."""
+    temperature = 2.0
+    p, q = probabilities(temperature)
+    value = temperature**2 * kl(p, q)
+    by_s, by_t, by_temperature = jax.grad(lambda *x: distill.kd(*x).sum(), (0, 1, 2))(S, T, temperature)
+    np.testing.assert_allclose(distill.kd(S, T, temperature), value, rtol=1e-5)
+    np.testing.assert_allclose(by_s, temperature * (q - p), atol=1e-5)
+    log_ratio = np.log(p / q)
+    np.testing.assert_allclose(by_t, temperature * p * (log_ratio - kl(p, q)[:, None]), atol=1e-5)
+    step = 1e-4
+    high, low = ((2 + h) ** 2 * kl(*probabilities(2 + h)) for h in (step, -step))
+    np.testing.assert_allclose(by_temperature, ((high - low) / (2 * step)).sum(), rtol=1e-4)
+    curve = jax.jacfwd(jax.grad(lambda s: distill.kd(s, T[0], temperature)))(S[0])
+    np.testing.assert_allclose(curve, np.diag(q[0]) - np.outer(q[0], q[0]), atol=1e-5)
+
+
 def test_the_mixtures_gradients_are_those_of_the_formula():
     """By central differences of the float64 formula."""
     probe = RNG.normal(size=(B, C))

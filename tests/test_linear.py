@@ -12,7 +12,7 @@ from flax import nnx
 
 from bmjax import trace, trees
 from bmjax.models import Decoder, Encoder, Residual, ResNet, Transformer, adapters
-from bmjax.trace import contracting, linears
+from bmjax.trace import contracting, linears, sides
 
 
 def normal(*shape, seed=0):
@@ -396,6 +396,26 @@ def test_contracted_axes():
     assert found["layers/down/kernel"] == -2
     assert "embed/embedding" not in found
     assert contracting(lambda p, x: x @ p["w"].T, {"w": normal(3, 6)}, normal(2, 6)) == {"w": -1}
+
+
+def test_inputs_and_outputs():
+    """Of a stack of DenseGeneral kernels, of a transposed product, and of convolutions whose kernels lie in two ways."""
+    model, inputs, _ = model_of("decoder")
+    batch = {"inputs": inputs, "id": np.arange(4, dtype=np.int32)}
+    params, _ = model.init(jax.random.key(0), batch)
+    found = sides(lambda p, b: model.apply(p, {}, b)[0].logits, params, batch)
+    assert found["layers/attention/query/kernel"] == ((), (-3,), (-2, -1))
+    assert found["layers/attention/out/kernel"] == ((), (-3, -2), (-1,))
+    assert found["layers/down/kernel"] == ((), (-2,), (-1,))
+    assert sides(lambda p, x: x @ p["w"].T, {"w": normal(3, 6)}, normal(2, 6)) == {"w": ((), (-1,), (-2,))}
+    for layout, shape, expected in (
+        ("HWIO", (3, 1, 4, 5), ((-4, -3), (-2,), (-1,))),
+        ("OIHW", (5, 4, 3, 2), ((-2, -1), (-3,), (-4,))),
+    ):
+        convolve = lambda p, x, layout=layout: jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", layout, "NHWC")
+        )
+        assert sides(convolve, {"w": normal(*shape)}, normal(2, 6, 6, 4)) == {"w": expected}
 
 
 def test_named_in_the_package():

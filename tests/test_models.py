@@ -157,7 +157,7 @@ def test_sizes_that_resize_changes():
         (lambda: MODELS["residual"].resize({"layers": 0}), "the size 'layers' cannot be 0; at least 1 must stay"),
         (
             lambda: MODELS["vit"].apply(random_params("vit"), {}, batch(), capture=("layers/3",)),
-            "no feature 'layers/3'; there are embed, layers/0",
+            r"no feature 'layers/3'; the nearest of \d+ are layers/\d",
         ),
         (lambda: Transformer(patch=3).build((8, 8, 1), 10), r"patches of 3 pixels need images .* the data has \[8, 8, 1\]"),
         (lambda: Transformer(patch=2).build((64,), 10), r"patches of 2 pixels need images .* the data has \[64\]"),

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bmjax import prune
+from bmjax import prune, trace, trees
 from bmjax.parallel.rules import like_params
 from bmjax.prune import packing
 from bmjax.types import Group, Member
@@ -159,6 +159,52 @@ def test_stacked_layers_have_a_sparsity_each():
 
 def shares(masks):
     return {path: 1 - leaf(masks, path).mean() for path in (A, B)}
+
+
+ATTENTION = {  # kernels [width, heads, dim] and [heads, dim, width] of two layers, and what they are as matrices [layer, in, out]
+    "layers/query/kernel": (trace.Sides((), (-3,), (-2, -1)), (2, 8, 12)),
+    "layers/out/kernel": (trace.Sides((), (-3, -2), (-1,)), (2, 12, 8)),
+}
+
+
+def attention():
+    rng = np.random.default_rng(5)
+    return {
+        "layers": {
+            "query": {"kernel": rng.normal(size=(2, 8, 3, 4)).astype(np.float32)},
+            "out": {"kernel": rng.normal(size=(2, 3, 4, 8)).astype(np.float32)},
+        }
+    }
+
+
+@pytest.mark.parametrize("pattern", ["block", "channel"])
+def test_attention_kernels_are_pruned_as_matrices(pattern):
+    plain, pool = {
+        "block": (prune.block(4, 2), lambda x: x.reshape(2, x.shape[1] // 4, 4, x.shape[2] // 2, 2).sum((2, 4))),
+        "channel": (prune.channel(), lambda x: x.sum(1)),
+    }[pattern]
+    patterns = {f"^{path}$": prune.matrix(plain, sides) for path, (sides, _) in ATTENTION.items()}
+    masks = trees.paths(masks_of(attention(), sparsity=0.5, pattern=patterns, stacked="layers/"))
+    for path, (_, shape) in ATTENTION.items():
+        scores = np.abs(np.float64(trees.paths(attention())[path])).reshape(shape)
+        found = np.asarray(masks[path]).reshape(shape)
+        units, kept = pool(scores).reshape(2, -1), pool(found.astype(float)).reshape(2, -1)
+        whole = scores[0].size / units[0].size
+        assert set(np.unique(kept)) == {0.0, whole}
+        for layer in range(2):  # the larger half of the units stays
+            assert kept[layer].sum() / whole == round(units.shape[1] / 2)
+            assert units[layer][kept[layer] > 0].min() > units[layer][kept[layer] == 0].max()
+
+
+def test_erdos_renyi_of_attention_goes_by_inputs_and_outputs():
+    sides = {path: sides for path, (sides, _) in ATTENTION.items()}
+    tree = attention() | {"a": {"kernel": np.ones((40, 30), np.float32)}}
+    for allocation in (prune.erdos_renyi(sides), prune.erdos_renyi_kernel(sides)):
+        masks = trees.paths(masks_of(tree, sparsity=0.6, allocation=allocation, stacked="layers/"))
+        density = {path: np.asarray(mask).mean() for path, mask in masks.items()}
+        raw = {"a/kernel": 70 / 1200} | dict.fromkeys(ATTENTION, 20 / 96)
+        scale = 0.4 * (1200 + 2 * 2 * 96) / (70 + 2 * 2 * 20)
+        assert density == pytest.approx({path: scale * value for path, value in raw.items()}, abs=0.01)
 
 
 def test_erdos_renyi_by_its_formula():

@@ -104,7 +104,8 @@ def axes_of(model, shape, **how):
     params, abstract = jax.eval_shape(net.init, jax.random.key(0), batch)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     settings = prune.Sparsity(pattern="2:4", **how)
-    return params, settings.axes(lambda p, b: net.apply(p, state, b)[0].logits, params, batch)
+    found = settings.sides(lambda p, b: net.apply(p, state, b)[0].logits, params, batch)
+    return params, {path: sides.inputs[-1] for path, sides in found.items()}
 
 
 def test_convolutions_contract_their_channels():

@@ -116,7 +116,7 @@ def test_ten_steps_a_restart_and_ten_more_are_twenty(bench, devices):
     assert [row["step"] for row in steps["run"]] == list(range(1, STEPS + 1))
     assert steps["run"] == steps["straight"]  # every term's value too, so the data went on where they were
     for row in steps["run"]:
-        assert {name for name in row if not name.startswith("sparsity/")} == {"step", "loss", "ce", "kd", "hint"}
+        assert {name for name in row if not name.startswith("sparsity/")} == {"step", "loss", "ce", "kd", "hint", "nan_scores"}
         assert row["loss"] == pytest.approx(0.5 * row["ce"] + 0.5 * row["kd"] + 0.1 * row["hint"], rel=1e-5)
     last = steps["run"][-1]
     for path in pruned:

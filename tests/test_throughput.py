@@ -178,6 +178,7 @@ def test_sparsity_by_array_and_by_layer():
     _, opt_state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     full = state(tx, params=params)._replace(opt_state={"model": opt_state})
     found = jax.device_get(Meter(1).probe(full))
+    assert found.pop("nan_scores") == 0
     assert found.pop("sparsity/layers/up/kernel") == pytest.approx(0.5)
     assert found.pop("sparsity/layers/down/kernel") == pytest.approx(0.5)
     assert found.pop("sparsity/out/kernel") == pytest.approx(0.5)

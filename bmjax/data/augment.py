@@ -8,6 +8,9 @@ import numpy as np
 
 from bmjax.config import at_least, field, within
 from bmjax.data.dataset import Split
+from bmjax.data.teacher_record import BATCH_KEY
+
+_HOW = ("shifted", "beside_cache")  # fields that change nothing by themselves
 
 
 @dataclasses.dataclass
@@ -29,6 +32,9 @@ class Augment:
         check=at_least(0),
     )
     noise: float = field(0.0, "standard deviation of Gaussian noise on the normalised inputs", check=at_least(0))
+    beside_cache: bool = field(
+        False, "allow changes, not mixed ones, beside a teacher's cached outputs, which are of the unchanged inputs"
+    )
 
     @property
     def moves(self) -> bool:
@@ -63,8 +69,14 @@ def check(augment: Augment, split: Split, *, mixable: bool = True, loss: str = "
         loss: its name, for the message.
     """
     augment.validate()
+    on = [entry.name for entry in dataclasses.fields(Augment) if entry.name not in _HOW and getattr(augment, entry.name)]
+    if BATCH_KEY in split.extra and augment.works and (augment.mixes or not augment.beside_cache):
+        meant = "" if augment.mixes else ", or augment.beside_cache to True if that is meant"
+        raise ValueError(
+            f"{' and '.join(on)} would change the inputs, and the teacher's cached outputs are those of the unchanged ones; set "
+            f"{'it' if len(on) == 1 else 'them'} to 0{meant}"
+        )
     if split.tokens and augment.works:
-        on = [entry.name for entry in dataclasses.fields(Augment) if entry.name != "shifted" and getattr(augment, entry.name)]
         raise ValueError(f"{' and '.join(on)} cannot change token ids; set {'it' if len(on) == 1 else 'them'} to 0")
     images = split.inputs.ndim == 4
     for name in ("flip", "cutmix"):

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from absl import logging
 
 from bmjax.data import augment as augmentation
 from bmjax.data.dataset import Split
@@ -32,9 +33,18 @@ class Batches:
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """The batch of a step."""
         batch = {"weights": self._weights, **self._split.take(self._rows(step))}
+        if "weights" in self._split.extra and not np.any(batch["weights"]):
+            self._all_masked(step)
         if not self._augment.works:
             return batch
         return augmentation.apply(batch, self._augment, np.random.default_rng((self._seed, 1, step)))
+
+    def _all_masked(self, step: int) -> None:
+        """A step on it has the loss 0. As the first batch it is a mistake, and known before anything is compiled."""
+        what = f"the batch of step {step} has no item of a weight above 0, so nothing is learned from it"
+        if step == 0:
+            raise ValueError(f"{what}; take a larger batch, or correct the data's weights")
+        logging.log_first_n(logging.WARNING, "%s; a larger batch has some", 1, what)
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, first = divmod(step * self.size, len(self._split))

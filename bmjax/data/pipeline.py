@@ -79,12 +79,14 @@ def train_batches(split: Split, batch: int, seed: int, augment: augmentation.Aug
         targets, "id": int32 [B]}, the split's extra arrays, and what `augment.apply` adds. Items may be made in several threads.
 
     Raises:
-        ValueError: the batch is smaller than 1 or larger than the split, the seed is negative, or as `augment.check`.
+        ValueError: the batch is smaller than 1 or larger than the split, the seed is negative, no item of the split has a weight
+            above 0, or as `augment.check`.
     """
     if not 1 <= batch <= len(split):
         raise ValueError(f"the batch size is {batch}; expected 1 to {len(split)}, the examples of the train split")
     if seed < 0:
         raise ValueError(f"the data seed is {seed}; expected at least 0")
+    _check_weights(split, "train on")
     augment = augment or augmentation.Augment()
     augmentation.check(augment, split)
     return as_grain(Batches(split, batch, seed, augment))
@@ -116,10 +118,20 @@ def eval_batches(split: Split, batch: int) -> EvalBatches:
     """All examples once, in order, each batch made when asked for; the last one is filled up with copies of weight 0 and id -1.
 
     Raises:
-        ValueError: the batch is smaller than 1, or the split is empty.
+        ValueError: the batch is smaller than 1, the split is empty, or no item of it has a weight above 0.
     """
     if batch < 1:
         raise ValueError(f"the evaluation batch size is {batch}; expected at least 1")
     if len(split) == 0:
         raise ValueError("the split to evaluate is empty; expected at least one example")
+    _check_weights(split, "evaluate")
     return EvalBatches(split, batch)
+
+
+def _check_weights(split: Split, what: str) -> None:
+    """Raises ValueError if every item of a split has weight 0; looks no further than the first that has not."""
+    weights = split.extra.get("weights")
+    if weights is not None and not any(np.any(weights[at : at + 1024] > 0) for at in range(0, len(weights), 1024)):
+        raise ValueError(
+            f"the weights of all {len(split)} examples are 0, so there is nothing to {what}; give some of them a weight above 0"
+        )

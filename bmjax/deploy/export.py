@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bmjax import manifest, trees
@@ -17,6 +18,12 @@ from bmjax.types import Params
 PLATFORMS = ("cpu", "cuda", "tpu")
 PROGRAM, PARAMS, STATE = "model.jaxexport", "params.safetensors", "state.safetensors"
 TOLERANCE = 1e-5
+_DTYPES = {  # names in a safetensors file
+    **{f"F{8 * size}": np.dtype(f"f{size}") for size in (2, 4, 8)},
+    **{f"{kind}{8 * size}": np.dtype(f"{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)},
+    "BF16": np.dtype(jnp.bfloat16),
+    "BOOL": np.dtype(bool),
+}
 
 
 def export(
@@ -88,6 +95,43 @@ def load_params(directory: str | os.PathLike[str]) -> Params:
     """
     manifest.verify(directory)
     return _nested(pathlib.Path(directory) / PARAMS)
+
+
+def map_params(directory: str | os.PathLike[str]) -> Params:
+    """As `load_params`, but the arrays stay on the disk until a part of them is read: see `place`.
+
+    Raises:
+        ValueError: as `load_params`, or a dtype that NumPy does not have.
+    """
+    manifest.verify(directory)
+    path = pathlib.Path(directory) / PARAMS
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    content = np.memmap(path, np.uint8, "r", offset=8 + size)
+    leaves = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise ValueError(f"{path} holds {name} as {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+        first, last = entry["data_offsets"]
+        leaves[name] = content[first:last].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return trees.nested(leaves)
+
+
+def place(params: Params, shardings: Any) -> Params:
+    """Arrays on the disk (`map_params`) as arrays on devices, of which each one's part is read by itself.
+
+    Args:
+        params: tree of arrays that can be sliced.
+        shardings: a sharding for each.
+    """
+
+    def onto(array: Any, sharding: Any) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: np.array(array[index]))
+
+    return jax.tree.map(onto, params, shardings)
 
 
 def load_state(directory: str | os.PathLike[str]) -> Params:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def jsd(s: jax.Array, t: jax.Array, beta: float = 0.5, temperature: float = 1.0,
 
     Args:
         s, t: student's and teacher's logits [..., C] float.
-        beta: in [0, 1].
+        beta: in [0, 1]; one that follows a schedule is kept 1e-4 from both ends.
         temperature, t_squared: as for `reverse_kl`.
 
     Returns:
@@ -53,14 +54,12 @@ def jsd(s: jax.Array, t: jax.Array, beta: float = 0.5, temperature: float = 1.0,
         ValueError: as for `reverse_kl`, and beta outside [0, 1].
     """
     check_share("jsd", "beta", beta)
-    if beta == 0:
-        return kd(s, t, temperature, t_squared)
-    if beta == 1:
-        return reverse_kl(s, t, temperature, t_squared)
+    if isinstance(beta, int | float) and beta in (0, 1):
+        return (reverse_kl if beta else kd)(s, t, temperature, t_squared)
+    beta = _inside(beta)
     check_pair("jsd", s, t)
     check_temperature(temperature)
-    log_p, log_q = _floored(t, temperature), _floored(s, temperature)
-    value = _to_mixture(log_p, log_q, 1 - beta) / (1 - beta) + _to_mixture(log_q, log_p, beta) / beta
+    value = jsd_summand(log_probabilities(s, temperature), log_probabilities(t, temperature), beta).sum(-1)
     return squared(value, temperature, t_squared)
 
 
@@ -70,7 +69,9 @@ def skew_kl(s: jax.Array, t: jax.Array, alpha: float = 0.1, temperature: float =
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the forward KL. The usual weight is 1.
     """
     check_share("skew_kl", "alpha", alpha, open_high=True)
-    return _skewed("skew_kl", s, t, alpha, temperature, t_squared) if alpha else kd(s, t, temperature, t_squared)
+    if isinstance(alpha, int | float) and alpha == 0:
+        return kd(s, t, temperature, t_squared)
+    return _skewed("skew_kl", s, t, _inside(alpha), temperature, t_squared)
 
 
 def skew_reverse_kl(
@@ -81,7 +82,9 @@ def skew_reverse_kl(
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the reverse KL. The usual weight is 1.
     """
     check_share("skew_reverse_kl", "alpha", alpha, open_high=True)
-    return _skewed("skew_reverse_kl", t, s, alpha, temperature, t_squared) if alpha else reverse_kl(s, t, temperature, t_squared)
+    if isinstance(alpha, int | float) and alpha == 0:
+        return reverse_kl(s, t, temperature, t_squared)
+    return _skewed("skew_reverse_kl", t, s, _inside(alpha), temperature, t_squared)
 
 
 def tvd(s: jax.Array, t: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -91,30 +94,43 @@ def tvd(s: jax.Array, t: jax.Array, temperature: float = 1.0) -> jax.Array:
     """
     check_pair("tvd", s, t)
     check_temperature(temperature)
-    p, q = jnp.exp(log_probabilities(t, temperature)), jnp.exp(log_probabilities(s, temperature))
-    return 0.5 * jnp.sum(jnp.abs(p - q), axis=-1)
+    return tvd_summand(log_probabilities(s, temperature), log_probabilities(t, temperature)).sum(-1)
+
+
+def jsd_summand(log_s: jax.Array, log_t: jax.Array, beta: float) -> jax.Array:
+    """What a class adds to `jsd` with beta in (0, 1), elementwise on log-probabilities; no T^2."""
+    return mixture_summand(log_t, log_s, 1 - beta) / (1 - beta) + mixture_summand(log_s, log_t, beta) / beta
+
+
+def tvd_summand(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
+    """What a class adds to `tvd`, elementwise on log-probabilities."""
+    return 0.5 * jnp.abs(jnp.exp(log_t) - jnp.exp(log_s))
 
 
 def _skewed(name: str, b: jax.Array, a: jax.Array, alpha: float, temperature: float, t_squared: bool) -> jax.Array:
     """T^2 KL(a || alpha a + (1 - alpha) b) of the softmaxes of two logits."""
     check_pair(name, b, a)
     check_temperature(temperature)
-    return squared(_to_mixture(_floored(a, temperature), _floored(b, temperature), 1 - alpha), temperature, t_squared)
+    value = mixture_summand(log_probabilities(a, temperature), log_probabilities(b, temperature), 1 - alpha).sum(-1)
+    return squared(value, temperature, t_squared)
 
 
-def _floored(logits: jax.Array, temperature: float) -> jax.Array:
-    return jnp.maximum(log_probabilities(logits, temperature), _FLOOR)
+def _inside(share: float) -> Any:
+    """A traced share away from 0 and 1, where the formulas divide by 0; a number as it is."""
+    return share if isinstance(share, int | float) else jnp.clip(share, 1e-4, 1 - 1e-4)
 
 
-def _to_mixture(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
-    """KL(a || m) with m = (1 - share) a + share b, [...]; exact in its leading digits also where share is small.
+def mixture_summand(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Array:
+    """What a class adds to KL(a || m) with m = (1 - share) a + share b; exact in its leading digits also where share is small.
 
-    With d = log(m / a) it is the sum of a (exp(d) - 1 - d), whose parts are all 0 or more: the usual sum of a d cancels.
+    With d = log(m / a) it is a (exp(d) - 1 - d), which is 0 or more: the usual sum of a d cancels.
     """
+    log_a, log_b = jnp.maximum(log_a, _FLOOR), jnp.maximum(log_b, _FLOOR)
     ratio = log_b - log_a
-    log_m = jnp.logaddexp(log_a + math.log1p(-share), log_b + math.log(share))
+    of: Any = math if isinstance(share, int | float) else jnp
+    log_m = jnp.logaddexp(log_a + of.log1p(-share), log_b + of.log(share))
     near = ratio < 30
     d = jnp.where(near, jnp.log1p(share * jnp.expm1(jnp.where(near, ratio, 0.0))), log_m - log_a)
     series = jnp.square(d) * (1 / 2 + d * (1 / 6 + d * (1 / 24 + d / 120)))
     a = jnp.exp(log_a)
-    return jnp.sum(jnp.where(jnp.abs(d) < _SERIES, a * series, jnp.exp(log_m) - a - a * d), axis=-1)
+    return jnp.where(jnp.abs(d) < _SERIES, a * series, jnp.exp(log_m) - a - a * d)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from bmjax.distill.numerics import (
     UNDERFLOW,
@@ -28,7 +32,40 @@ def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperat
     Returns:
         [...] float32, 0 or more.
     """
-    return relative_entropy(log_probabilities(teacher_logits, temperature), log_probabilities(student_logits, temperature))
+    return _kl(student_logits, teacher_logits, jnp.float32(1 / temperature))
+
+
+@jax.custom_jvp
+def _kl(s: jax.Array, t: jax.Array, inverse: jax.Array) -> jax.Array:
+    return _value_and_slopes(s, t, inverse)[0]
+
+
+@functools.partial(_kl.defjvp, symbolic_zeros=True)
+def _kl_jvp(primals: tuple[jax.Array, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    # The slope is made beside the value, from the same exponentials. Left to autodiff, the parts of both are written to memory
+    # one by one and read again in the backward pass: three times what this adds to a language model's step on a CPU.
+    value, *slopes = _value_and_slopes(*primals)
+    moved = jnp.zeros_like(value)
+    for slope, tangent in zip(slopes, tangents):
+        if not isinstance(tangent, SymbolicZero):
+            product = slope * jnp.asarray(tangent, jnp.float32)
+            moved += product if jnp.ndim(tangent) == 0 else jnp.sum(product, axis=-1)
+    return value, moved
+
+
+def _value_and_slopes(s: jax.Array, t: jax.Array, inverse: jax.Array) -> tuple[jax.Array, ...]:
+    """KL(p || q) [...] of p = softmax(t * inverse) and q = softmax(s * inverse), and its slopes by s, by t and by inverse."""
+    s, t = s.astype(jnp.float32), t.astype(jnp.float32)
+    low_s, low_t = (z * inverse - jnp.max(z * inverse, axis=-1, keepdims=True) for z in (s, t))
+    q, p = jnp.exp(low_s), jnp.exp(low_t)
+    sum_q, sum_p = q.sum(-1, keepdims=True), p.sum(-1, keepdims=True)
+    apart = jnp.where(low_t > UNDERFLOW, low_t - low_s, 0.0)
+    mean = jnp.sum(p * apart, axis=-1, keepdims=True) / sum_p
+    value = mean + (jnp.log(sum_q) - jnp.log(sum_p))
+    q, p = q / sum_q, p / sum_p
+    by_s, by_t = q - p, p * jnp.where(p > 0, apart - mean, 0.0)
+    by_inverse = jnp.sum(jnp.where(by_s != 0, by_s * s, 0.0) + jnp.where(by_t != 0, by_t * t, 0.0), axis=-1)
+    return value[..., 0], by_s * inverse, by_t * inverse, by_inverse
 
 
 def kd(s: jax.Array, t: jax.Array, temperature: float = 4.0, t_squared: bool = True) -> jax.Array:

@@ -25,8 +25,8 @@ def check_temperature(temperature: float) -> None:
 
 
 def check_share(name: str, what: str, value: float, *, open_high: bool = False) -> None:
-    """Raises ValueError on a number outside [0, 1], or outside [0, 1) with `open_high`."""
-    if not (0 <= value < 1 or (value == 1 and not open_high)):
+    """Raises ValueError on a number outside [0, 1], or outside [0, 1) with `open_high`; a traced one passes."""
+    if isinstance(value, int | float) and not (0 <= value < 1 or (value == 1 and not open_high)):
         raise ValueError(f"{name}: {what} is {value}; expected a number in [0, 1{')' if open_high else ']'}")
 
 
@@ -37,8 +37,13 @@ def log_probabilities(logits: jax.Array, temperature: float) -> jax.Array:
 
 def relative_entropy(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     """[...]: sum of p (log p - log q) over the last axis; a class of p = 0 contributes 0, also where q = 0."""
+    return jnp.sum(entropy_summand(log_p, log_q), axis=-1)
+
+
+def entropy_summand(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """p (log p - log q), elementwise; 0 where p = 0."""
     # Chosen by the logarithm: a choice by p > 0 makes the pass of q need the exponentials of p.
-    return jnp.sum(jnp.exp(log_p) * jnp.where(log_p > UNDERFLOW, log_p - log_q, 0.0), axis=-1)
+    return jnp.exp(log_p) * jnp.where(log_p > UNDERFLOW, log_p - log_q, 0.0)
 
 
 def squared(values: jax.Array, temperature: float, t_squared: bool) -> jax.Array:

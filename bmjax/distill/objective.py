@@ -3,36 +3,97 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
+from bmjax import losses
 from bmjax.config import above, at_least, field, within
+from bmjax.distill import layer_map, vocabulary
+from bmjax.distill.consistency import consistency
 from bmjax.distill.decoupled import dkd
 from bmjax.distill.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from bmjax.distill.features import hint
 from bmjax.distill.logits import kd, logit_standardized_kd, soft_cross_entropy
 from bmjax.distill.relations import dist
-from bmjax.losses import on_features, on_logits
+from bmjax.losses import Schedule, on_features, on_head, on_logits
 from bmjax.types import LossTerm
 
-_ON_LOGITS = (kd, dkd, logit_standardized_kd, dist, soft_cross_entropy, reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)
-LOSSES = {fn.__name__: fn for fn in _ON_LOGITS}
+_KL = (kd, dkd, logit_standardized_kd, soft_cross_entropy, reverse_kl, jsd, skew_kl, skew_reverse_kl)
+LOSSES = {fn.__name__: fn for fn in (*_KL, dist, tvd, consistency)}
 
 
 @dataclasses.dataclass
 class Distill:
-    """Config of a distilled objective: (1 - share) task + share kd + hint_weight hint."""
+    """Config of a distilled objective: (1 - share) task + share kd + hint_weight hint.
+
+    Each number with an `_end` goes there over the run, from the first step to exactly the last.
+    """
 
     share: float = field(0.9, "weight of the teacher's softened outputs; the task has the rest", check=within(0, 1))
-    temperature: float = field(2.0, "softens both distributions; the loss is multiplied by its square (not tvd)", check=above(0))
+    temperature: float = field(2.0, "softens both distributions; most losses are multiplied by its square", check=above(0))
     hint_weight: float = field(0.0, "weight of matching a hidden feature through a learned projector", check=at_least(0))
     student_feature: str = field("final", "the student's feature for the hint")
     teacher_feature: str = field("final", "the teacher's feature for the hint")
+    layers: str = field(
+        "",
+        "the hint's pairs of layers: uniform, last, auto (most alike on a batch), or a stride as 2i+1; empty: the two features",
+    )
+    part: str = field("", "with layers: what of each one, as in mlp; empty is its end")
     loss: str = field("kd", "the loss on the outputs, and its name in the metrics", choices=tuple(LOSSES))
+    share_end: float | None = field(None, "share at the last step; none keeps it", check=within(0, 1))
+    temperature_end: float | None = field(None, "temperature at the last step; none keeps it", check=above(0))
+    hint_weight_end: float | None = field(None, "hint_weight at the last step; none keeps it", check=at_least(0))
+    chunked: bool = field(False, "the loss on the outputs is fused with both last layers: whole logits never exist")
+    vocabulary: int | None = field(None, "classes from this one on are padding of one network, and left out", check=above(0))
+    schedule: str = field("linear", "how share, temperature and hint_weight go to their ends", choices=losses.schedules.KINDS)
 
-    def terms(self, task: LossTerm) -> dict[str, tuple[float, LossTerm]]:
-        """{name: (weight, term)} of every part that has weight."""
-        parts: dict[str, tuple[float, LossTerm]] = {
-            "ce": (1 - self.share, task),
-            self.loss: (self.share, on_logits(LOSSES[self.loss], temperature=self.temperature)),
-            "hint": (self.hint_weight, on_features(hint, {self.student_feature: self.teacher_feature}, project="linear")),
+    def validate(self) -> None:
+        """Raises ValueError if `layers` is no map, or there is no chunked form of the loss."""
+        if self.chunked and not hasattr(vocabulary, self.loss):
+            there = ", ".join(name for name in LOSSES if hasattr(vocabulary, name))
+            raise ValueError(f"there is no chunked form of {self.loss}; set chunked to False, or take one of {there}")
+        if self.layers not in ("", "auto"):
+            layer_map.from_text(self.layers, self.part)
+
+    @property
+    def seeks(self) -> bool:
+        """Whether the layers are those most alike on a batch, which `layer_map.auto` is to find first."""
+        return self.layers == "auto" and (self.hint_weight > 0 or (self.hint_weight_end or 0) > 0)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether something changes over the run."""
+        return any(end is not None for end in (self.share_end, self.temperature_end, self.hint_weight_end))
+
+    def terms(
+        self, task: LossTerm, steps: int | None = None, found: Mapping[str, str] | None = None
+    ) -> dict[str, tuple[float | Schedule, LossTerm]]:
+        """{name: (weight, term)} of every part that has weight.
+
+        Args:
+            task: the loss against the labels.
+            steps: of the run; needed only where something is `scheduled`.
+            found: with layers=auto, what `layer_map.auto` found; without it the layers are spread uniformly, and are as many.
+
+        Raises:
+            ValueError: something is scheduled, and the steps are not given.
+        """
+        if self.scheduled and steps is None:
+            raise ValueError("the objective changes over the run; give terms(task, steps) the run's number of steps")
+        temperature = self._over(self.temperature, self.temperature_end, steps)
+        maker, fn = (on_head, getattr(vocabulary, self.loss)) if self.chunked else (on_logits, LOSSES[self.loss])
+        on_outputs = maker(fn, vocabulary=self.vocabulary, temperature=temperature)
+        pairs: Any = {self.student_feature: self.teacher_feature}
+        if self.layers:
+            pairs = found or layer_map.from_text("uniform" if self.layers == "auto" else self.layers, self.part)
+        on_hidden = on_features(hint, pairs, project="linear")
+        task_end = None if self.share_end is None else 1 - self.share_end
+        parts: dict[str, tuple[float, float | None, LossTerm]] = {
+            "ce": (1 - self.share, task_end, task),
+            self.loss: (self.share, self.share_end, on_outputs),
+            "hint": (self.hint_weight, self.hint_weight_end, on_hidden),
         }
-        return {name: part for name, part in parts.items() if part[0] > 0}
+        return {name: (self._over(at, end, steps), term) for name, (at, end, term) in parts.items() if at > 0 or (end or 0) > 0}
+
+    def _over(self, begin: float, end: float | None, steps: int | None) -> float | Schedule:
+        return begin if end is None or steps is None else losses.ramp(begin, end, steps, self.schedule)

@@ -1,6 +1,7 @@
 """Losses on the insides of transformers: who attends to whom, how values relate, hidden states (MiniLM, TinyBERT).
 
-`mask` [B, T] says which positions count: the others are neither asked nor attended to.
+`mask` [B, T] says which positions count: the others are neither asked nor attended to. Of scores, a position that may not see
+itself does not count either: no causal or packed row has one, and padding that a model has masked is one.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def _kept(name: str, scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     kept = jnp.ones((len(scores), scores.shape[-1]), bool) if mask is None else mask
     if kept.shape != (len(scores), scores.shape[-1]):
         raise ValueError(f"{name}: a mask {list(kept.shape)} for scores {list(scores.shape)}; expected [B, T]")
-    return kept
+    return kept & (jnp.diagonal(scores, axis1=-2, axis2=-1) > _MASKED).any(axis=1)
 
 
 def _over_queries(values: jax.Array, kept: jax.Array) -> jax.Array:

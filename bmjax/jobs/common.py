@@ -16,14 +16,15 @@ import optax
 from absl import logging
 
 from bmjax import config as configs
-from bmjax import data, deploy, manifest, measure, parallel, trees
+from bmjax import data, deploy, manifest, measure, parallel, trace, trees
 from bmjax.config import at_least, field
 from bmjax.jobs import architecture
+from bmjax.losses import Schedule
 from bmjax.train import run as runs
 from bmjax.train.log import Log
 from bmjax.train.run import Bench, Run
 from bmjax.train.step import Problem
-from bmjax.types import Batch, LossTerm, Params, View
+from bmjax.types import Batch, LossTerm, Params, Rollout, View
 
 EXPORT = "export"  # the folder of a workdir that holds what was exported
 
@@ -80,7 +81,7 @@ def bench(config: Any, workdir: pathlib.Path) -> Iterator[Bench]:
         yield Bench(mesh, dataset, config.data, workdir, log, config.seed)
 
 
-Terms: TypeAlias = Mapping[str, tuple[float, LossTerm]]
+Terms: TypeAlias = Mapping[str, tuple[float | Schedule, LossTerm]]
 Wrap: TypeAlias = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (optimiser, steps) -> optimiser
 
 
@@ -98,9 +99,17 @@ def record(config: Any, bench: Bench) -> None:
 
 
 def problem(
-    model: Any, terms: Terms, run: Run, teacher: Net | None, wrap: Wrap = _unchanged, views: tuple[View, ...] = ()
+    model: Any,
+    terms: Terms,
+    run: Run,
+    teacher: Net | None,
+    wrap: Wrap = _unchanged,
+    views: tuple[View, ...] = (),
+    rollout: Rollout | None = None,
+    decay: float | None = None,
 ) -> Problem:
     """What a run trains: its optimiser, wrapped, and all that the run's config says about how."""
+    how = run.how if decay is None else {**run.how, "ema": decay, "mean_teacher": True}
     return Problem(
         model,
         terms,
@@ -108,7 +117,8 @@ def problem(
         teacher=teacher and teacher.model,
         loss_tx=run.optimizer.build_for_terms(run.steps),
         views=views,
-        **run.how,
+        rollout=rollout,
+        **how,
     )
 
 
@@ -121,10 +131,13 @@ def check(
     teacher: Net | None = None,
     wrap: Wrap = _unchanged,
     views: tuple[View, ...] = (),
+    rollout: Rollout | None = None,
+    decay: float | None = None,
 ) -> None:
     """Raises ValueError where `train` with these arguments would, before anything is compiled; a teacher may be abstract."""
     architecture.check_logits(model, bench.shapes(model), bench.example(), bench.dataset.classes)
-    runs.check(bench, problem(model, terms, run, teacher, wrap, views), run, teacher and teacher.frozen)
+    found = problem(model, terms, run, teacher, wrap, views, rollout, decay)
+    runs.check(bench, found, run, teacher and teacher.frozen)
 
 
 def train(
@@ -139,6 +152,8 @@ def train(
     spent: int = 0,
     wrap: Wrap = _unchanged,
     views: tuple[View, ...] = (),
+    rollout: Rollout | None = None,
+    decay: float | None = None,
 ) -> Net:
     """Trains, or goes on training, one network.
 
@@ -151,8 +166,10 @@ def train(
         spent: FLOPs that `start` took already.
         wrap: (optimiser, steps) -> optimiser, for pruning.
         views: what the forward pass sees of the parameters.
+        rollout: makes the batch that is trained on.
+        decay: of a moving average of the parameters that teaches them.
     """
-    trained = problem(model, terms, run, teacher, wrap, views)
+    trained = problem(model, terms, run, teacher, wrap, views, rollout, decay)
     state = runs.fit(
         bench,
         name,
@@ -164,14 +181,17 @@ def train(
         schedule=None if run.optimizer.custom else run.optimizer.schedule(run.steps),
     )
     net = Net(model, runs.result(trained, state), state.model_state, run.steps + (start.steps if start else 0))
-    step = runs.step_flops(flops(bench, net), flops(bench, teacher) if teacher else 0, bench.data.batch)
+    partner = net if decay is not None else teacher
+    step = runs.step_flops(flops(bench, net), flops(bench, partner) if partner else 0, bench.data.batch)
     return net._replace(flops=spent + run.steps * step)
 
 
 def flops(bench: Bench, net: Net) -> int:
     """FLOPs of one example's forward pass."""
-    dtype = "int32" if bench.dataset.ids else "float32"
-    return runs.forward_flops(net.model, trees.abstract(net.params), net.model_state, bench.dataset.shape, dtype)
+    example = {name: bench.example()[name] for name in ("inputs", "targets")}  # a teacher may be chosen by the targets
+    batch = {name: jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for name, x in example.items()}
+    logits = lambda params, model_state, batch: net.model.apply(params, model_state, batch)[0].logits
+    return trace.flops(logits, trees.abstract(net.params), net.model_state, batch) // 2
 
 
 def evaluate(
@@ -213,14 +233,14 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
             model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset)
         except ValueError as error:
             raise ValueError(f"the network of {directory} cannot be built: {error}; give its config as the model") from None
-    params, state = deploy.load_params(directory), deploy.load_state(directory)
+    params, state = deploy.map_params(directory), deploy.load_state(directory)
     expected, expected_state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
     misfit = trees.first_difference(expected, params) or trees.first_difference(expected_state, state)
     if misfit:
         raise ValueError(f"{directory} does not fit the model: {misfit}")
     if about["metadata"].get("data_fingerprint") != bench.dataset.fingerprint:
         logging.warning("%s was made on other data than %s, whose normalisation is used now", directory, bench.dataset.name)
-    placed = jax.device_put(params, parallel.partition(params, runs.rules_of(model), bench.mesh))
+    placed = deploy.place(params, parallel.partition(params, runs.rules_of(model), bench.mesh))
     return Net(model, placed, jax.device_put(state, parallel.replicated(bench.mesh)))
 
 

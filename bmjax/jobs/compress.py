@@ -8,6 +8,7 @@ The same command resumes it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 from typing import Any
@@ -76,21 +77,23 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
         model = architecture.build(config.model, bench.dataset)
-        plain, distilled = {"ce": (1.0, config.task.term())}, config.distill.terms(config.task.term())
+        plain, distilled = {"ce": (1.0, config.task.term())}, functools.partial(config.distill.terms, config.task.term())
         given = common.load(bench, model, config.pretrained) if config.pretrained else None
-        _check(config, bench, model, plain, distilled)
+        _check(config, bench, model, plain)
         common.record(config, bench)
         big = given or common.train(bench, "big", model, plain, config.big)
         analysis = analyse(bench, big)
         sensitivity = measure_sensitivity(bench, big, analysis)
-        tried = search(bench, big, analysis, sensitivity, config.prune, distilled, config.budget.max_drop)
+        terms = distilled(config.prune.run.steps)
+        tried = search(bench, big, analysis, sensitivity, config.prune, terms, config.budget.max_drop)
         nets = {"big": big}
         held = [candidate for candidate in tried if candidate.holds]
         if held:
             start = compact(bench, held[-1], analysis)
             spent = start.flops
+            terms = distilled(config.retrain.steps)
             nets["small"] = common.train(
-                bench, "retrain", start.model, distilled, config.retrain, start=start, teacher=big, spent=spent
+                bench, "retrain", start.model, terms, config.retrain, start=start, teacher=big, spent=spent
             )
             nets["from scratch"] = _baseline(config, bench, "from scratch", start.model, None, nets["small"].flops)
             nets["without teacher"] = _baseline(config, bench, "without teacher", start.model, start, nets["small"].flops - spent)
@@ -106,18 +109,20 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         return _conclude(config, bench, nets, {**measured, "sensitivity": sensitivity.as_dict()}, command)
 
 
-def _check(config: Config, bench: Bench, model: Any, plain: Terms, distilled: Terms) -> None:
+def _check(config: Config, bench: Bench, model: Any, plain: Terms) -> None:
     """Traces every kind of run, at the big model's sizes, before the first one starts."""
     if bench.dataset.kind == "tokens":
         raise ValueError(
             f"{bench.dataset.name} holds tokens, and the verdict compares classes of whole examples; "
             "prune or distil a language model with experiments.train"
         )
+    if config.distill.seeks:
+        raise ValueError("config.distill.layers is auto, which experiments.train finds; here take uniform, as depths change")
     teacher = Net(model, *bench.shapes(model))
     if not config.pretrained:
         common.check(bench, model, plain, config.big)
     for run in (config.prune.run, config.retrain):
-        common.check(bench, model, distilled, run, teacher=teacher)
+        common.check(bench, model, config.distill.terms(config.task.term(), run.steps), run, teacher=teacher)
 
 
 def _baseline(config: Config, bench: Bench, name: str, model: Any, start: Net | None, allowance: int) -> Net:

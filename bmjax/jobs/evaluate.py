@@ -73,12 +73,13 @@ def evaluate(config: Config, command: str) -> dict[str, Any]:
     parallel.simulate(config.devices)
     dataset = data.load(config.data)
     split = getattr(dataset, config.split)
-    found, step = (_program if _is_export(folder) else _checkpoint)(config, folder, about, dataset, split)
+    found, step, weights = (_program if _is_export(folder) else _checkpoint)(config, folder, about, dataset, split)
     same = about.get("data_fingerprint") in (None, dataset.fingerprint)
     results = {
         "command": command,
         "model": str(folder),
         "step": step,
+        "weights": weights,
         "split": config.split,
         "data": dataset.name,
         "note": "" if same else "these are other data than it was trained on",
@@ -157,8 +158,8 @@ def _check_source(config: Config, about: Mapping[str, Any]) -> None:
 
 def _program(
     config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split
-) -> tuple[Any, int | None]:
-    """(evaluation, None) of an exported program, which takes raw inputs."""
+) -> tuple[Any, int | None, str | None]:
+    """(evaluation, None, of which parameters if it says so) of an exported program, which takes raw inputs."""
     _check_classes(config, int(about["classes"]), dataset)
     if list(about["input"]["shape"]) != list(dataset.shape):
         raise ValueError(f"{folder} takes inputs {about['input']['shape']}, but {dataset.name} has {list(dataset.shape)}")
@@ -171,24 +172,26 @@ def _program(
         )
     raw = (lambda inputs: inputs) if dataset.ids else (lambda inputs: inputs * scale + offset)
     batches = data.eval_batches(split, config.data.batch)
-    return runs.score(dataset, split, batches, lambda batch: call(raw(batch["inputs"]))), None
+    return runs.score(dataset, split, batches, lambda batch: call(raw(batch["inputs"]))), None, about.get("weights")
 
 
 def _checkpoint(
     config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split
-) -> tuple[Any, int]:
-    """(evaluation, step) of a checkpoint, over the whole mesh."""
+) -> tuple[Any, int, str]:
+    """(evaluation, step, of which parameters) of a checkpoint, over the whole mesh."""
     name = _run(config, folder)
     if about.get("views"):
         raise ValueError(f"{folder} was trained with views, functions that no checkpoint holds; evaluate its export instead")
-    if name != "teacher" and (about.get("prune") or {}).get("method") == "straight_through":
+    teaches = name.startswith("teacher")  # "teacher 2" is the second of several
+    if not teaches and (about.get("prune") or {}).get("method") == "straight_through":
         raise ValueError(
             f"{folder} was trained dense, through masks that its parameters do not show; evaluate its export instead"
         )
     restored = checkpoint.read(folder / CHECKPOINTS / name, step=config.step, best=config.best)
     held = trees.nested(restored.state)
     params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})
-    plain = (about.get("teacher") or {}).get("model") if name == "teacher" else about.get("model")
+    # A chain of generations that names no teacher begins with the student's own network.
+    plain = ((about.get("teacher") or {}).get("model") if teaches else None) or about.get("model")
     try:
         built = architecture.rebuild({"model": plain}, dataset)
     except ValueError as error:
@@ -204,7 +207,8 @@ def _checkpoint(
     state = jax.device_put(state, parallel.replicated(mesh))
     batches = (parallel.put_batch(batch, mesh) for batch in data.eval_batches(split, config.data.batch))
     logits = lambda batch: runs.predictor(model)(placed, state, batch)
-    return runs.score(dataset, split, batches, logits), restored.step
+    weights = "moving average" if "ema" in held.get("extra", {}) else "last step"
+    return runs.score(dataset, split, batches, logits), restored.step, weights
 
 
 def _run(config: Config, folder: pathlib.Path) -> str:

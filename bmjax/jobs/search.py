@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,12 +16,12 @@ from absl import logging
 from bmjax import data, prune, shrink, trace
 from bmjax.config import above, at_least, field, within
 from bmjax.jobs import common
-from bmjax.jobs.common import Net
+from bmjax.jobs.common import Net, Terms
 from bmjax.jobs.proposals import Proposal, propose
 from bmjax.prune.curves import curve
 from bmjax.train import run as runs
 from bmjax.train.run import Bench, Run
-from bmjax.types import Group, LossTerm, Params
+from bmjax.types import Group, Params
 
 SENSITIVITY = "sensitivity.json"
 SPARSITIES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 0.97, 1 - 2**-20)  # the last leaves one element
@@ -155,7 +155,7 @@ def search(
     analysis: Analysis,
     sensitivity: prune.Sensitivity,
     config: Pruning,
-    terms: Mapping[str, tuple[float, LossTerm]],
+    terms: Terms,
     max_drop: float,
 ) -> list[Candidate]:
     """Prunes to each proposal in turn, mildest first, until one loses more than `max_drop` on the validation split.
@@ -186,7 +186,7 @@ def _prune(
     analysis: Analysis,
     proposal: Proposal,
     config: Pruning,
-    terms: Mapping[str, tuple[float, LossTerm]],
+    terms: Terms,
 ) -> tuple[Net, dict[str, np.ndarray]]:
     """One pruning run, from the big model and with it as teacher."""
     run = config.run

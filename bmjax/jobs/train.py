@@ -11,37 +11,24 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from absl import logging
 
 from bmjax import config as configs
-from bmjax import data, measure, prune, trees
+from bmjax import data, distill, measure, prune, trace, trees
 from bmjax.config import field, within
-from bmjax.distill import Distill
-from bmjax.jobs import architecture, common
+from bmjax.data import RecordLayout
+from bmjax.distill.low_precision import size as count
+from bmjax.jobs import architecture, cache, common, teachers
 from bmjax.jobs.common import EXPORT, Net, Terms
-from bmjax.losses import Task
+from bmjax.jobs.teachers import MeanTeacher, Teacher
+from bmjax.losses import Schedule, Task
 from bmjax.models import Plain
-from bmjax.train.run import Bench, Run
+from bmjax.train import cost
+from bmjax.train.run import Bench, Run, start_key
 from bmjax.types import LossTerm, View
 
 RESULTS, TEST = "results.json", "test.npz"
 Transform = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (optimiser, steps) -> optimiser
-
-
-@dataclasses.dataclass
-class Teacher:
-    """A teacher, and what is learned from it. From the command line: `--config.teacher.pretrained=<folder>` is enough."""
-
-    model: Any = field(
-        None, "the teacher's architecture; none takes the pretrained export's own", kinds=architecture.optional_kinds()
-    )
-    pretrained: str = field("", "export (or workdir) with its parameters; empty trains it first, on the same data")
-    run: Run = field(Run(), "training of the teacher")
-    distill: Distill = field(Distill(), "how the student learns from it")
-
-    def validate(self) -> None:
-        """Raises ValueError where there is nothing to make a teacher of."""
-        if self.model is None and not self.pretrained:
-            raise ValueError("a teacher needs pretrained=<export or workdir>, or a model to train first, as in model=Residual")
 
 
 @dataclasses.dataclass
@@ -53,7 +40,9 @@ class Config:
     data: data.Data = field(data.Data(), "examples")
     model: Any = field(Plain(), "what is trained, or a function (shape, classes) -> Model", kinds=architecture.kinds())
     task: Task = field(Task(), "the loss against the labels")
-    terms: dict[str, tuple[float, LossTerm]] = field({}, "your own loss terms, {name: (weight, term)}, added to the objective")
+    terms: dict[str, tuple[float | Schedule, LossTerm]] = field(
+        {}, "your own loss terms, {name: (weight or schedule, term)}, added to the objective"
+    )
     weights: dict[str, float] = field({}, "weights of loss terms by name, in place of those they come with, as in focal=0.1")
     run: Run = field(Run(), "how long, and with what optimiser")
     transform: Transform | list[Transform] | None = field(
@@ -61,8 +50,10 @@ class Config:
     )
     views: list[View] = field([], "your own (params, opt_state, step) -> params: what the forward pass sees")
     prune: prune.Sparsity = field(prune.Sparsity(), "pruning of single weights")
-    teacher: Teacher | None = field(
-        None, "distillation; any flag below it turns it on", kinds={"none": lambda: None, "teacher": Teacher}
+    teacher: Teacher | MeanTeacher | None = field(
+        None,
+        "distillation; any flag below it turns it on; mean is the moving average of the student itself",
+        kinds={"none": lambda: None, "teacher": Teacher, "mean": MeanTeacher},
     )
     predict: bool = field(False, "run the exported file on the test split with experiments.predict, and write predictions.csv")
     code: dict[str, str] = configs.recorded("SHA-256 of the config file and of the modules beside it that it imports")
@@ -79,20 +70,47 @@ class Config:
             if callable(function) and (wrong := configs.misfit(function, arguments)):
                 raise ValueError(f"config.{where}: {wrong}")
 
+        if isinstance(self.teacher, MeanTeacher) and self.run.ema:
+            raise ValueError(
+                f"run.ema is {self.run.ema} and teacher.decay {self.teacher.decay}, which are the decay of one moving average; "
+                "leave run.ema out"
+            )
+
+    @property
+    def fixed(self) -> Teacher | None:
+        """The teacher that is not the student itself."""
+        return self.teacher if isinstance(self.teacher, Teacher) else None
+
+    @property
+    def ships_last(self) -> bool:
+        """Whether the last student is exported, and not all generations as one."""
+        return self.fixed is None or self.fixed.export == "last"
+
+    def origin(self, name: str) -> str:
+        """Which parameters a result called `name` is of: "last step", "moving average", "pretrained", or "several networks"."""
+        fixed = self.fixed
+        if name in ("ensemble", "all teachers"):
+            return "several networks"
+        own = name.startswith("teacher") and fixed is not None
+        if own and fixed is not None and fixed.folders:
+            return "pretrained"
+        run = fixed.run if own and fixed is not None and fixed.model is not None else self.run
+        return "moving average" if run.ema or isinstance(self.teacher, MeanTeacher) else "last step"
+
     def wrap(
-        self, tx: optax.GradientTransformation, steps: int, axes: Mapping[str, int] | None = None
+        self, tx: optax.GradientTransformation, steps: int, sides: Mapping[str, trace.Sides] | None = None
     ) -> optax.GradientTransformation:
         """The optimiser with the user's transforms and pruning, for a run of `steps` updates.
 
         Args:
             tx: the optimiser.
             steps: of the run.
-            axes: {kernel: the axis that an n:m pattern runs along}, from `prune.axes`.
+            sides: which axes of the kernels are inputs and outputs, from `prune.sides`.
 
         Raises:
             ValueError: a transform returns no optax transform.
         """
-        return self.prune.after(self.transformed(tx, steps), steps, seed=self.seed, axes=axes)
+        return self.prune.after(self.transformed(tx, steps), steps, seed=self.seed, sides=sides)
 
     def transformed(self, tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformation:
         """The optimiser with the user's transforms alone. Raises ValueError as `wrap`."""
@@ -103,14 +121,18 @@ class Config:
                 raise ValueError(f"config.transform returned {type(tx).__name__}; expected an optax transform")
         return tx
 
-    def objective(self) -> tuple[Terms, Terms]:
+    def objective(self, layout: RecordLayout | None = None, layers: Mapping[str, str] | None = None) -> tuple[Terms, Terms]:
         """(the terms of labels alone, all terms that the model is trained on).
+
+        Args:
+            layout: of the teacher's cache.
+            layers: {student's: teacher's}, where they were to be found first.
 
         Raises:
             ValueError: a term of the user's has the name of another, or a weight is given for no term.
         """
         plain = {"ce": (1.0, self.task.term())}
-        whole = plain if self.teacher is None else self.teacher.distill.terms(self.task.term())
+        whole = plain if self.teacher is None else self.teacher.terms(self.task.term(), self.run.steps, layout, layers)
         if taken := set(whole) & set(self.terms):
             raise ValueError(f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name")
         terms = {**whole, **self.terms}
@@ -120,7 +142,7 @@ class Config:
 
 
 def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]:
-    """Trains the teacher, if there is one, and the model; exports the model; returns {"models": [...]} with test metrics.
+    """Trains the teachers, if there are some, and the model; exports the model; returns {"models": [...]} with test metrics.
 
     Also writes the test split, raw, to test.npz: what experiments.predict can be tried on.
 
@@ -128,25 +150,36 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         ValueError: the config does not fit the data or the devices, the workdir holds another config's run, or training diverged.
     """
     with common.bench(config, workdir) as bench:
-        model, tutor = architecture.build(config.model, bench.dataset), config.teacher
-        plain, terms = config.objective()
-        name = "model" if tutor is None else "student"
-        views = (*config.views, *config.prune.views)  # masks come last, so that what is hidden is exactly zero
-        wrap = functools.partial(config.wrap, axes=_axes(config, bench, model))
-        teacher = None if tutor is None else _teacher(bench, tutor, plain)
-        common.check(bench, model, terms, config.run, teacher=teacher, wrap=wrap, views=views)
+        model, tutor = architecture.build(config.model, bench.dataset), config.fixed
+        bench, layout = _beside(bench, tutor) if tutor is not None and tutor.cached else (bench, None)
+        plain, terms = config.objective(layout)
+        how = _how(config, bench, model)
+        first = None
+        if tutor is not None and not tutor.cached:
+            run = config.run if tutor.model is None else tutor.run
+            first = teachers.prepare(bench, tutor, model, plain, run)
+        common.check(bench, model, terms, config.run, teacher=first and first.whole, **how)
+        if tutor is not None and tutor.generations > 1:
+            own = teachers.lowered(bench, Net(model, *bench.shapes(model)), tutor.precision)
+            common.check(bench, model, terms, config.run, teacher=own, **how)
         _check_pruning(config, bench.shapes(model)[0])
         common.record(config, bench)
-        if tutor is not None and teacher is not None and not tutor.pretrained:
-            teacher = common.train(bench, "teacher", teacher.model, plain, tutor.run)
-        net = common.train(bench, name, model, terms, config.run, teacher=teacher, wrap=wrap, views=views)
-        nets = {name: net} if teacher is None else {"teacher": teacher, name: net}
-        common.ship(bench, net, workdir / EXPORT, {"config": configs.fingerprint(config)}, config.model)
+        if tutor is not None and first is not None:
+            first = teachers.train(bench, tutor, first, plain, run)
+        students = _students(config, bench, model, layout, first and first.whole, how)
+        shipped = list(students.values())[-1][0]
+        common.ship(bench, shipped, workdir / EXPORT, _about(config), config.model if config.ships_last else None)
         _write_test(bench, workdir / TEST)
+        noted = cost.noted(workdir)
+        rows = {**_rows_of_teachers(first), **students}
         results = {
             "command": command,
             "kind": bench.dataset.kind,
-            "models": [_measured(bench, name, net, teacher) for name, net in nets.items()],
+            "models": [
+                {**_measured(bench, name, net, teacher), "weights": config.origin(name), "step": noted.get(name)}
+                for name, (net, teacher) in rows.items()
+            ],
+            "dense": _dense(config, shipped.params),
             **_bigram(bench.dataset),
             "bytes_note": bench.dataset.bytes_note,
         }
@@ -154,13 +187,58 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         return results
 
 
-def _axes(config: Config, bench: Bench, model: Any) -> dict[str, int] | None:
-    """{kernel: the axis that the layer contracts} for an n:m pattern. Raises ValueError as `prune.Sparsity.axes`."""
-    if not config.prune.neighbours:
+def _how(config: Config, bench: Bench, model: Any) -> dict[str, Any]:
+    """What a student's training takes beside its objective, as arguments of `common.train`."""
+    return {
+        "wrap": functools.partial(config.wrap, sides=_sides(config, bench, model)),
+        "views": (*config.views, *config.prune.views),  # masks come last, so that what is hidden is exactly zero
+        "rollout": None if config.fixed is None else config.fixed.rollout.build(config.run.steps),
+        "decay": config.teacher.decay if isinstance(config.teacher, MeanTeacher) else None,
+    }
+
+
+def _students(
+    config: Config, bench: Bench, model: Any, layout: RecordLayout | None, teacher: Net | None, how: dict[str, Any]
+) -> dict[str, tuple[Net, Net | None]]:
+    """{name: (network, its teacher)} of the students of all generations, and last the one to export."""
+    tutor, found = config.fixed, dict[str, tuple[Net, Net | None]]()
+    count = 1 if tutor is None else tutor.generations
+    last = "model" if config.teacher is None else "student"
+    for generation, name in enumerate((*(f"generation {i}" for i in range(1, count)), last)):
+        if tutor is not None and generation > 0:
+            teacher = teachers.lowered(bench, found[list(found)[-1]][0], tutor.precision)
+        layers = None
+        if tutor is not None and teacher is not None and tutor.distill.seeks:
+            layers = _most_alike(bench, name, model, teacher, tutor.distill.part)
+        terms = config.objective(layout, layers)[1]
+        net = common.train(bench, name, model, terms, config.run, teacher=teacher, **how)
+        found[name] = net, teacher
+    if not config.ships_last:
+        nets = [net for net, _ in found.values()]
+        found["ensemble"] = teachers.ensemble(nets), found["generation 1"][1]
+    return found
+
+
+def _rows_of_teachers(found: teachers.Teachers | None) -> dict[str, tuple[Net, Net | None]]:
+    if found is None:
+        return {}
+    together = {"all teachers": found.whole} if len(found.members) > 1 else {}
+    return {name: (net, found.whole) for name, net in {**found.members, **together}.items()}
+
+
+def _about(config: Config) -> dict[str, Any]:
+    """What the export says of its making."""
+    name = "student" if config.ships_last else "ensemble"
+    return {"config": configs.fingerprint(config), "weights": config.origin(name)}
+
+
+def _sides(config: Config, bench: Bench, model: Any) -> dict[str, trace.Sides] | None:
+    """Inputs and outputs of the kernels to prune, where they matter. Raises ValueError as `prune.Sparsity.sides`."""
+    if not config.prune.sided:
         return None
     params, abstract = bench.shapes(model)
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    return config.prune.axes(lambda p, batch: model.apply(p, state, batch)[0].logits, params, dict(bench.example()))
+    return config.prune.sides(lambda p, batch: model.apply(p, state, batch)[0].logits, params, dict(bench.example()))
 
 
 def _check_pruning(config: Config, params: Any) -> None:
@@ -175,13 +253,26 @@ def _check_pruning(config: Config, params: Any) -> None:
         )
 
 
-def _teacher(bench: Bench, tutor: Teacher, plain: Terms) -> Net:
-    """The teacher from its export; its shapes alone, checked, where it is still to be trained."""
-    model: Any = None if tutor.model is None else architecture.build(tutor.model, bench.dataset)
-    if tutor.pretrained:
-        return common.load(bench, model, tutor.pretrained)
-    common.check(bench, model, plain, tutor.run)
-    return Net(model, *bench.shapes(model))
+def _dense(config: Config, params: Any) -> list[dict[str, Any]]:
+    """Parameters that pruning left out, and why; none if nothing is pruned."""
+    if not config.prune.works:
+        return []
+    rows = prune.overview(params, config.prune.where or None)
+    return [{"path": row.path, "size": row.size, "why": row.note} for row in rows if row.note != "pruned"]
+
+
+def _beside(bench: Bench, tutor: Teacher) -> tuple[Bench, RecordLayout]:
+    """The bench with the teacher's cached outputs in its batches. Raises ValueError as `cache.beside`."""
+    return cache.beside(bench, tutor.cached, k=tutor.k, teacher=tutor.pretrained)
+
+
+def _most_alike(bench: Bench, name: str, model: Any, teacher: Net, part: str) -> dict[str, str]:
+    """{student's: teacher's} layers, by the batch's first sight of them: that of the parameters that the run starts from."""
+    key = start_key(bench, name)
+    params, model_state = jax.jit(model.init)(key, bench.example())
+    found = distill.auto(model, teacher.model, params, teacher.frozen, bench.example(), model_state=model_state, part=part)
+    logging.info("the layers most alike: %s", ", ".join(f"{mine} -> {theirs}" for mine, theirs in found.items()))
+    return found
 
 
 def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[str, Any]:
@@ -192,7 +283,8 @@ def _measured(bench: Bench, name: str, net: Net, teacher: Net | None) -> dict[st
         "name": name,
         **common.scores(common.evaluate(bench, net, bench.dataset.test, teacher)),
         "valid": common.scalars(common.evaluate(bench, net, bench.dataset.valid).summary),
-        "parameters": trees.size(net.params),
+        "parameters": count(net.params),
+        "bytes": trees.nbytes(net.params),
         "sparsity": zeros / max(trees.size(kernels), 1),
         "train_steps": net.steps,
     }

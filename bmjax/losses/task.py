@@ -12,6 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from bmjax.config import field, within
+from bmjax.losses.fused import head_cross_entropy
+from bmjax.losses.heads import head_of, here
+from bmjax.losses.tiles import Chunks
 from bmjax.types import Batch, LossTerm, Mean, Outputs, Term
 
 
@@ -34,7 +37,9 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
     return (1 - label_smoothing) * nll + label_smoothing * (jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1))
 
 
-def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None) -> LossTerm:
+def cross_entropy_term(
+    label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None, chunks: Chunks | None = None
+) -> LossTerm:
     """The task loss: cross-entropy of the student's logits against the targets.
 
     Where the batch was mixed (mixup, CutMix), an example counts with its weight times "mix" for "targets" and with the rest of it
@@ -43,9 +48,12 @@ def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[flo
     Args:
         label_smoothing: as in `cross_entropy`.
         class_weights: one per class; the mean is then over weight * class weight of the target, as in scikit-learn.
+        chunks: computed from the student's head, a tile of the logits at a time; how much of them exists on a device. None takes
+            the logits.
 
     Raises:
-        ValueError: label_smoothing outside [0, 1), a class weight that is negative or not finite, or none above 0.
+        ValueError: label_smoothing outside [0, 1), a class weight that is negative or not finite, or none above 0; at the first
+            use, with chunks: a model that gives no head.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing is {label_smoothing}; expected a number in [0, 1)")
@@ -59,7 +67,10 @@ def cross_entropy_term(label_smoothing: float = 0.0, class_weights: Sequence[flo
         def mean(targets: jax.Array, weights: jax.Array) -> Mean:
             if class_weights is not None:
                 weights = weights * jnp.asarray(class_weights, jnp.float32)[targets]
-            return Mean.of(cross_entropy(student.logits, targets, label_smoothing), weights)
+            if chunks is None:
+                return Mean.of(cross_entropy(student.logits, targets, label_smoothing), weights)
+            head = head_of("cross_entropy", "student", student)
+            return Mean.of(head_cross_entropy(head, targets, label_smoothing, here(chunks)), weights)
 
         if class_weights is not None and len(class_weights) != student.logits.shape[-1]:
             raise ValueError(f"{len(class_weights)} class_weights for {student.logits.shape[-1]} classes; give one per class")
@@ -86,7 +97,8 @@ class Task:
 
     label_smoothing: float = field(0.0, "mass that is spread over all classes", check=within(0, 1, open_high=True))
     class_weights: tuple[float, ...] | None = field(None, "one weight per class; none weighs all alike")
+    chunked: bool = field(False, "fused with the model's last layer: logits of a large vocabulary never exist as a whole")
 
     def term(self) -> LossTerm:
         """The cross-entropy term."""
-        return cross_entropy_term(self.label_smoothing, self.class_weights)
+        return cross_entropy_term(self.label_smoothing, self.class_weights, Chunks() if self.chunked else None)

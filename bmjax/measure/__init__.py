@@ -11,6 +11,9 @@ from bmjax.measure.significance import Verdict as Verdict
 from bmjax.measure.significance import accuracy_interval as accuracy_interval
 from bmjax.measure.significance import non_inferiority as non_inferiority
 from bmjax.measure.significance import tango_interval as tango_interval
+from bmjax.measure.similarity import hsic as hsic
+from bmjax.measure.similarity import linear_cka as linear_cka
+from bmjax.measure.similarity import minibatch_cka as minibatch_cka
 from bmjax.measure.tokens import TokenEvaluation as TokenEvaluation
 from bmjax.measure.tokens import TokenTally as TokenTally
 from bmjax.measure.tokens import summary_of_tokens as summary_of_tokens

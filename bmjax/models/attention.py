@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 _CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
+CAPTURED = ("query", "key", "value", "scores")  # what `Attention` can return beside its output
+
 
 def rope(positions: jax.Array, head_dim: int, base: float = 10000.0) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotary angles position * base^(-2i / head_dim) (Su et al. 2021, RoFormer).
@@ -42,6 +44,28 @@ def segment_positions(segments: jax.Array) -> jax.Array:
     index = jnp.arange(segments.shape[1])[None]
     starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def scores(q_bthk: jax.Array, k_bshk: jax.Array, mask: jax.Array | None, causal: bool) -> jax.Array:
+    """What attention takes the softmax of: q k' / sqrt(head_dim), and -inf where the query may not see the key.
+
+    Args:
+        q_bthk: [B, T, heads, head_dim].
+        k_bshk: [B, S, kv_heads, head_dim]; heads / kv_heads queries share one.
+        mask: bool, broadcasts to [B, heads, T, S], or None.
+        causal: no query sees a later key.
+
+    Returns:
+        float32 [B, heads, T, S].
+    """
+    b, t, heads, head_dim = q_bthk.shape
+    grouped = q_bthk.reshape(b, t, k_bshk.shape[2], -1, head_dim)
+    products = jnp.einsum("btkgd,bskd->bkgts", grouped, k_bshk, preferred_element_type=jnp.float32)
+    found = products.reshape(b, heads, t, -1) * head_dim**-0.5
+    seen = jnp.ones((), bool) if mask is None else mask
+    if causal:
+        seen &= jnp.tril(jnp.ones(found.shape[-2:], bool))
+    return jnp.where(seen, found, -jnp.inf)
 
 
 def check_cudnn(dtype: jnp.dtype, head_dim: int) -> None:
@@ -87,14 +111,19 @@ class Attention(nn.Module):
         mask: jax.Array | None = None,
         rotation: tuple[jax.Array, jax.Array] | None = None,
         positions: jax.Array | None = None,
-    ) -> jax.Array:
-        """[B, T, width] -> [B, T, width].
+        capture: tuple[str, ...] = (),
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B, T, width] -> [B, T, width], and what is captured.
 
         Args:
             x_btd: what queries, keys and values are made of.
             mask: bool, broadcasts to [B, heads, T, T]: True where the query (third axis) may see the key.
             rotation: from `rope`.
             positions: [B, T] int; needed with a cache.
+            capture: some of `CAPTURED`. "query" [B, T, heads, head_dim], "key" and "value" [B, T, kv_heads, head_dim] are as
+                they enter the products; "scores" [B, heads, T, T] float32, queries before keys, are what the softmax is taken
+                of: scaled by head_dim^-1/2, -inf where a query may not see a key. Scores are computed for the capture alone,
+                beside a fused implementation, which has none to show.
 
         Raises:
             ValueError: "cudnn" where it cannot run.
@@ -119,7 +148,11 @@ class Attention(nn.Module):
         out_bthk = jax.nn.dot_product_attention(
             q_bthk, k_bshk, v_bshk, mask=mask, is_causal=causal, implementation="cudnn" if implementation == "cudnn" else "xla"
         )
-        return nn.DenseGeneral(x_btd.shape[-1], axis=(-2, -1), use_bias=self.bias, name="out")(out_bthk)
+        found = {"query": q_bthk, "key": k_bshk, "value": v_bshk}
+        if "scores" in capture:
+            found["scores"] = scores(q_bthk, k_bshk, mask, causal)
+        out_btd = nn.DenseGeneral(x_btd.shape[-1], axis=(-2, -1), use_bias=self.bias, name="out")(out_bthk)
+        return out_btd, {name: found[name] for name in capture}
 
     def _store(self, name: str, new: jax.Array, positions: jax.Array) -> jax.Array:
         """The cache [B, slots, ...] with `new` [B, T, ...] at each row's own positions."""

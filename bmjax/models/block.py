@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from bmjax.config import above, field, within
-from bmjax.models.attention import Attention
+from bmjax.models.attention import CAPTURED, Attention
 from bmjax.models.linen import Dropout
 from bmjax.models.stack import remat_field, scanned
 
@@ -70,12 +70,13 @@ class Block(nn.Module):
         attend = Attention(
             spec.heads, spec.head_dim, spec.kv_heads, spec.bias, spec.qk_norm, spec.causal, spec.attention, name="attention"
         )
-        y = attend(make_norm(spec.norm, "norm_attention")(x), mask, rotation, positions)
+        inside = tuple(part.removeprefix("attention/") for part in self.parts if part.startswith("attention/"))
+        y, captured = attend(make_norm(spec.norm, "norm_attention")(x), mask, rotation, positions, inside)
         attention = Dropout(spec.dropout)(y, ids, self.train)
         x = x + attention
         mlp = Dropout(spec.dropout)(self._mlp(make_norm(spec.norm, "norm_mlp")(x)), ids, self.train)
         x = x + mlp
-        found = {"": x, "attention": attention, "mlp": mlp}
+        found = {"": x, "attention": attention, "mlp": mlp, **{f"attention/{name}": value for name, value in captured.items()}}
         return x, {part: found[part] for part in self.parts}
 
     def _mlp(self, x: jax.Array) -> jax.Array:
@@ -93,7 +94,8 @@ def stack(spec: BlockSpec, layers: int, remat: str, train: bool, parts: tuple[st
     return scanned(Block, layers, remat)(spec, train, parts, name="layers")
 
 
-FEATURES = ("attention", "mlp")  # a block's branches, which can be captured beside its end
+# What can be captured beside a block's end: its branches, and what attention is made of.
+FEATURES = ("attention", *(f"attention/{name}" for name in CAPTURED), "mlp")
 
 
 def axes(heads: str, width: str) -> Mapping[str, tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 
 
 def check_capture(capture: Sequence[str], features: Sequence[str]) -> None:
-    """Raises ValueError if a captured name is not one of the features."""
+    """Raises ValueError if a captured name is not one of the features; of many it names the nearest."""
     for name in capture:
         if name not in features:
-            raise ValueError(f"there is no feature {name!r}; there are {', '.join(features)}")
+            few = len(features) <= 4
+            listed = features if few else difflib.get_close_matches(name, features, n=4, cutoff=0)
+            what = "there are" if few else f"the nearest of {len(features)} are"
+            raise ValueError(f"there is no feature {name!r}; {what} {', '.join(listed)}")
 
 
 def check_sizes(sizes: Mapping[str, int], axes: Mapping[str, tuple[str, int]]) -> None:

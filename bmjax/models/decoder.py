@@ -53,7 +53,11 @@ class CausalLM(nn.Module):
 
     @property
     def features(self) -> tuple[str, ...]:
-        """The embedding, each layer and its branches, and the normalised end, all [B, T, width]."""
+        """The embedding, each layer and its branches, and the normalised end, all [B, T, width].
+
+        Beside them what attention is made of, as `Attention` returns it: "layers/3/attention/scores" [B, heads, T, T],
+        "layers/3/attention/query", "key" and "value".
+        """
         return ("embed", *layer_features(self.layers, blocks.FEATURES), "final")
 
     def resized(self, sizes: Mapping[str, int]) -> CausalLM:

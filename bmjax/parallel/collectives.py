@@ -19,24 +19,32 @@ from jax.sharding import PartitionSpec
 
 _axis: contextvars.ContextVar[str | None] = contextvars.ContextVar("batch axis", default=None)
 _inner: contextvars.ContextVar[str | None] = contextvars.ContextVar("inner axis", default=None)
+_split: contextvars.ContextVar[tuple[int, int]] = contextvars.ContextVar("automatic parts", default=(1, 1))
 
 _SMALL = 1 << 15  # elements; an array more in an all-reduce costs two CPU devices 60 us, as much as copying this many
 
 
 @contextlib.contextmanager
-def over(axis: str | None, inner: str | None = None) -> Iterator[None]:
+def over(axis: str | None, inner: str | None = None, split: tuple[int, int] = (1, 1)) -> Iterator[None]:
     """While tracing inside, the collectives run over this manual mesh axis (None: they are the identity).
 
     Args:
         axis: splits the batch by hand.
         inner: an automatic axis that splits each shard's rows further; see `rows`.
+        split: see `automatic`.
     """
-    tokens = _axis.set(axis), _inner.set(inner)
+    tokens = _axis.set(axis), _inner.set(inner), _split.set(split)
     try:
         yield
     finally:
         _axis.reset(tokens[0])
         _inner.reset(tokens[1])
+        _split.reset(tokens[2])
+
+
+def automatic() -> tuple[int, int]:
+    """In how many parts the compiler splits the batch that is seen here, and in how many a kernel that is split over tensor."""
+    return _split.get()
 
 
 def shards() -> int:
@@ -56,10 +64,15 @@ def rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: lax.with_sharding_constraint(x, PartitionSpec(inner)), tree)
 
 
-def _varies(x: jax.Array, axis: str) -> bool:
+def _manual_axes(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes over which it may hold different values."""
     kind: Any = jax.typeof(x)
     # The attribute was called vma up to jax 0.9.
-    return axis in (kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
+    return frozenset(kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma)
+
+
+def _varies(x: jax.Array, axis: str) -> bool:
+    return axis in _manual_axes(x)
 
 
 def differs(x: jax.Array) -> bool:
@@ -120,6 +133,13 @@ def vary(tree: Any) -> Any:
     if axis is None:
         return tree
     return jax.tree.map(lambda x: x if _varies(x, axis) else lax.pcast(x, axis, to="varying"), tree)
+
+
+def vary_as(tree: Any, like: Any) -> Any:
+    """Marks the values as varying over each manual mesh axis that a value in `like` varies over, as a loop's carry must be."""
+    axes = sorted(set().union(*(_manual_axes(leaf) for leaf in jax.tree.leaves(like))))
+    missing = lambda x: tuple(axis for axis in axes if axis not in _manual_axes(x))
+    return jax.tree.map(lambda x: lax.pcast(x, missing(x), to="varying") if missing(x) else x, tree)
 
 
 def moments(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:

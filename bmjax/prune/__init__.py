@@ -13,9 +13,9 @@ from bmjax.prune.curves import from_sensitivity
 from bmjax.prune.gated_model import Gated, gated, l0_term
 from bmjax.prune.gates import Gates, hard_concrete
 from bmjax.prune.masking import AroundState, SparsifyState
-from bmjax.prune.patterns import Pattern, block, channel, groups, left_out, n_m, unstructured
+from bmjax.prune.patterns import Pattern, block, channel, groups, left_out, matrix, n_m, unstructured
 from bmjax.prune.reconstruction import sparsegpt_update, wanda_mask
-from bmjax.prune.report import Report, Row, keeps, masks, prunes, sparsity_report
+from bmjax.prune.report import Report, Row, keeps, masks, nan_scores, overview, prunes, sparsity_report
 from bmjax.prune.schedules import Schedule, constant, cubic, iterative, linear, one_shot, periodic, polynomial
 from bmjax.prune.sensitivity import Sensitivity, analyse
 from bmjax.prune.settings import Sparsity
@@ -70,10 +70,13 @@ __all__ = [
     "linear",
     "magnitude",
     "masks",
+    "matrix",
     "movement",
     "n_m",
+    "nan_scores",
     "nm_mask",
     "one_shot",
+    "overview",
     "owl",
     "per_weight",
     "periodic",

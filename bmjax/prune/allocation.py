@@ -14,6 +14,7 @@ import numpy as np
 from bmjax.prune.kinds import number, shown
 from bmjax.prune.outliers import Owl, owl_sparsities
 from bmjax.prune.patterns import Sparsity
+from bmjax.trace import Sides
 
 Targets: TypeAlias = dict[str, np.ndarray]  # {name: float64 [] or, for a stacked array, [layers]}
 
@@ -160,24 +161,44 @@ def global_threshold(*, floor: float = 0.0, normalise: bool = False) -> Allocati
     return Allocation("global_threshold", targets, across=True, floor=floor, normalise=normalise)
 
 
-def erdos_renyi() -> Allocation:
-    """The density of a layer is proportional to (n_in + n_out) / (n_in n_out). Mocanu et al. 2018, arXiv 1707.04780."""
-    return Allocation("erdos_renyi", lambda parts, sparsity: _erdos_renyi("erdos_renyi", parts, sparsity, kernel=False))
+def erdos_renyi(sides: Mapping[str, Sides] | None = None) -> Allocation:
+    """The density of a layer is proportional to (n_in + n_out) / (n_in n_out). Mocanu et al. 2018, arXiv 1707.04780.
+
+    Args:
+        sides: {path: its inputs and outputs} from `trace.sides`, for kernels whose last two axes these are not, such as those of
+            attention, [in, heads, dim].
+    """
+    name = "erdos_renyi"
+    return Allocation(name, lambda parts, sparsity: _erdos_renyi(name, parts, sparsity, sides or {}, kernel=False))
 
 
-def erdos_renyi_kernel() -> Allocation:
-    """Erdos-Renyi whose sum and product run over all axes of a kernel. Evci et al. 2020 (RigL), arXiv 1911.11134, section 3."""
+def erdos_renyi_kernel(sides: Mapping[str, Sides] | None = None) -> Allocation:
+    """Erdos-Renyi whose sum and product have a convolution's taps too. Evci et al. 2020 (RigL), arXiv 1911.11134, section 3.
+
+    Args:
+        sides: as for `erdos_renyi`; without them every axis of a kernel counts by itself.
+    """
     name = "erdos_renyi_kernel"
-    return Allocation(name, lambda parts, sparsity: _erdos_renyi(name, parts, sparsity, kernel=True))
+    return Allocation(name, lambda parts, sparsity: _erdos_renyi(name, parts, sparsity, sides or {}, kernel=True))
 
 
-def _erdos_renyi(kind: str, parts: Sequence[Part], sparsity: Sparsity | None, kernel: bool) -> Targets:
+def _sizes(part: Part, sides: Sides | None, kernel: bool) -> tuple[int, ...]:
+    """The numbers that Erdos-Renyi adds and multiplies."""
+    if sides is None:
+        return part.shape if kernel else part.shape[-2:]
+    taps = tuple(part.shape[axis] for axis in sides.taps) if kernel else ()
+    return (*taps, *(math.prod(part.shape[axis] for axis in side) for side in (sides.inputs, sides.outputs)))
+
+
+def _erdos_renyi(
+    kind: str, parts: Sequence[Part], sparsity: Sparsity | None, sides: Mapping[str, Sides], kernel: bool
+) -> Targets:
     single = one_sparsity(kind, sparsity)
     for part in parts:
         if len(part.shape) < 2:
             raise ValueError(f"{kind} needs inputs and outputs, and {part.name} has shape {list(part.shape)}; leave it out")
     sizes = np.array([part.weights * max(part.layers, 1) for part in parts], np.float64)
-    axes = [part.shape if kernel else part.shape[-2:] for part in parts]
+    axes = [_sizes(part, sides.get(part.name), kernel) for part in parts]
     raw = np.array([sum(shape) / math.prod(shape) for shape in axes])
     dense = np.zeros(len(parts), bool)  # layers whose share would be above 1
     while True:

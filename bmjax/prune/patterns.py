@@ -6,15 +6,18 @@ choice (`expand`). An n:m pattern chooses by itself. A pattern of groups spans a
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bmjax import trees
 from bmjax.prune import threshold
+from bmjax.trace import Sides
 from bmjax.types import Group, Params
 
 SCANNED = r"(^|/)layers/(?!\d)"  # what this package calls stacks of scanned layers
@@ -145,6 +148,8 @@ def n_m(n: int, m: int, axis: int | Mapping[str, int] | None = None) -> Pattern:
 def block(rows: int, columns: int) -> Pattern:
     """Blocks of the last two axes; a block is worth the sum of its weights' scores. Gray et al. 2017; Narang et al. 2017.
 
+    They are taken for inputs and outputs; for kernels of another layout see `matrix`.
+
     Raises:
         ValueError: a size below 1; at `init`: an axis that the block does not divide, or a vector.
     """
@@ -172,7 +177,7 @@ def channel(axis: int = -1) -> Pattern:
     belongs to the channel (its bias, the next layer's inputs) stays: `groups` drops all of it.
 
     Args:
-        axis: counted from the last one, which is -1.
+        axis: counted from the last one, which is -1. Where a layer has several axes of outputs, see `matrix`.
 
     Raises:
         ValueError: at `init`: an array without such an axis, or a vector.
@@ -195,6 +200,37 @@ def channel(axis: int = -1) -> Pattern:
         return jnp.broadcast_to(jnp.expand_dims(units, others(len(shape), stacked)), shape)
 
     return Pattern(f"channel of axis {axis}", pool, expand, check)
+
+
+def matrix(pattern: Pattern, sides: Sides) -> Pattern:
+    """A pattern of a matrix [in, out] for a kernel of another layout, such as those of attention, [in, heads, dim].
+
+    Args:
+        pattern: `block` or `channel`, whose axes are then -2, all inputs, and -1, all outputs.
+        sides: of the kernel, from `trace.sides`.
+    """
+
+    def order(ndim: int) -> tuple[int, ...]:
+        given = [axis + ndim for side in sides for axis in side]
+        return (*(axis for axis in range(ndim) if axis not in given), *given)
+
+    def shape(whole: tuple[int, ...]) -> tuple[int, ...]:
+        sizes = [math.prod(whole[axis] for axis in side) for side in (sides.inputs, sides.outputs)]
+        return (*(whole[axis] for axis in order(len(whole))[: len(whole) - len(sides.inputs) - len(sides.outputs)]), *sizes)
+
+    def pool(scores: jax.Array, stacked: int) -> jax.Array:
+        return pattern.pool(scores.transpose(order(scores.ndim)).reshape(shape(scores.shape)), stacked)
+
+    def expand(units: jax.Array, whole: tuple[int, ...]) -> jax.Array:
+        moved = pattern.expand(units, shape(whole)).reshape([whole[axis] for axis in order(len(whole))])
+        return moved.transpose([int(axis) for axis in np.argsort(order(len(whole)))])
+
+    def check(path: str, whole: tuple[int, ...]) -> None:
+        if max(-axis for side in sides for axis in side) > len(whole):
+            raise ValueError(f"{path} {list(whole)} has fewer axes than the {sides} given for it; take those of trace.sides")
+        pattern.check(path, shape(whole))
+
+    return Pattern(pattern.name, pool, expand, check)
 
 
 def groups(groups: Sequence[Group]) -> Pattern:

@@ -11,7 +11,7 @@ import optax
 from bmjax import trees
 from bmjax.prune import packing
 from bmjax.prune.masking import SparsifyState
-from bmjax.prune.patterns import left_out
+from bmjax.prune.patterns import chosen, left_out
 from bmjax.types import Params
 
 
@@ -125,11 +125,34 @@ def sparsity_report(params: Params, opt_state: Any) -> Report:
     found = trees.paths(masks(opt_state, params))
     rows = []
     for path, leaf in trees.paths(params).items():
-        zeros = leaf.size - int(jnp.count_nonzero(leaf))
         pruned = path in found and found[path].ndim > 0
-        note = "pruned" if pruned else left_out(path, leaf.ndim) or "not selected"
         alive = int(jnp.count_nonzero(jnp.where(found[path], 0, leaf))) if pruned else 0
-        rows.append(Row(path, leaf.size, zeros, zeros / max(leaf.size, 1), note, alive))
+        rows.append(_row(path, leaf, pruned)._replace(alive=alive))
     size, zeros = sum(row.size for row in rows), sum(row.zeros for row in rows)
     total = Row("total", size, zeros, zeros / max(size, 1), "", sum(row.alive for row in rows))
-    return Report(tuple(rows), total, sum(int(state.nans) for state in _states(opt_state)))
+    return Report(tuple(rows), total, int(nan_scores(opt_state)))
+
+
+def nan_scores(opt_state: Any) -> jax.Array:
+    """How many NaN scores masks were made from so far, int32 scalar; it may be traced. Raises ValueError without masks."""
+    return sum((state.nans for state in _states(opt_state)), start=jnp.int32(0))
+
+
+def overview(params: Params, where: str | None = None) -> tuple[Row, ...]:
+    """How much of each parameter is zero, and why it was left dense where it was, without an optimiser's state.
+
+    Args:
+        params: trained and pruned.
+        where: the regex that chose what to prune; None is the default rule.
+
+    Raises:
+        ValueError: nothing is chosen.
+    """
+    pruned = set(chosen(params, where))
+    return tuple(_row(path, leaf, path in pruned) for path, leaf in trees.paths(params).items())
+
+
+def _row(path: str, leaf: Any, pruned: bool) -> Row:
+    zeros = leaf.size - int(jnp.count_nonzero(leaf))
+    note = "pruned" if pruned else left_out(path, leaf.ndim) or "not selected"
+    return Row(path, leaf.size, zeros, zeros / max(leaf.size, 1), note)

@@ -16,6 +16,7 @@ from bmjax.prune.allocation import Allocation
 from bmjax.prune.criteria import Criterion
 from bmjax.prune.straight import StraightThrough, straight_through
 from bmjax.prune.transform import around, sparsify
+from bmjax.trace import Sides
 from bmjax.types import Params, View
 
 _SCORES: dict[str, Callable[..., Criterion]] = {
@@ -105,8 +106,13 @@ class Sparsity:
 
     @property
     def neighbours(self) -> bool:
-        """Whether the pattern is n:m, which needs each kernel's axis."""
+        """Whether the pattern is n:m, which needs each kernel's inputs."""
         return ":" in self.pattern
+
+    @property
+    def sided(self) -> bool:
+        """Whether it matters which axes of a kernel are inputs and which are outputs."""
+        return self.works and (self.pattern != "unstructured" or "erdos_renyi" in self._spread)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -165,12 +171,12 @@ class Sparsity:
     def _begin(self) -> float:
         return self.begin if self.begin is not None else 0.0 if self.method in ("set", "rigl") else 0.2
 
-    def _pattern(self, axes: Mapping[str, int] | None) -> patterns.Pattern:
+    def _pattern(self, sides: Mapping[str, Sides] | None) -> patterns.Pattern:
         if self.pattern in ("unstructured", "channel"):
             return patterns.unstructured() if self.pattern == "unstructured" else patterns.channel()
         if found := re.fullmatch(r"(\d+):(\d+)", self.pattern):
             n, m = int(found[1]), int(found[2])
-            return patterns.n_m(n, m) if axes is None else patterns.n_m(n, m, axes)
+            return patterns.n_m(n, m, None if sides is None else {path: side.inputs[-1] for path, side in sides.items()})
         if found := re.fullmatch(r"(\d+)x(\d+)", self.pattern):
             return patterns.block(int(found[1]), int(found[2]))
         raise ValueError(f"there is no pattern {self.pattern!r}; there are unstructured, n:m (2:4), a block (4x4) and channel")
@@ -181,10 +187,21 @@ class Sparsity:
         make = _SCORES[self.score]
         return make(seed) if self.score == "random" else make() if self.decay is None else make(self.decay)
 
-    def _allocation(self) -> Allocation:
-        if self.allocation == "global":
+    def _patterns(self, sides: Mapping[str, Sides] | None) -> patterns.Pattern | dict[str, patterns.Pattern]:
+        """The pattern; of blocks and channels one for each kernel whose sides are known, and it as it is for the others."""
+        plain = self._pattern(sides)
+        if not sides or plain.implied is not None or self.pattern == "unstructured":
+            return plain
+        return {f"^{re.escape(path)}$": patterns.matrix(plain, side) for path, side in sides.items()} | {"": plain}
+
+    @property
+    def _spread(self) -> str:
+        return self.allocation or ("erdos_renyi_kernel" if self.method in _SHAPED else "uniform")
+
+    def _allocation(self, sides: Mapping[str, Sides] | None) -> Allocation:
+        if self._spread == "global":
             return allocation.global_threshold(floor=self.floor, normalise=self.normalise)
-        return _ALLOCATIONS[self.allocation or ("erdos_renyi_kernel" if self.method in _SHAPED else "uniform")]()
+        return _ALLOCATIONS[self._spread](*([sides] if "erdos_renyi" in self._spread else []))
 
     def _span(self, steps: int) -> tuple[int, int]:
         """(first step, last step), both before the run ends, whose last update is number `steps` - 1."""
@@ -199,31 +216,32 @@ class Sparsity:
             return schedules.iterative(begin, end, self.rounds)
         return {"cubic": schedules.cubic, "linear": schedules.linear}[self.schedule](begin, end)
 
-    def axes(self, fn: Callable[..., Any], params: Params, batch: Any) -> dict[str, int] | None:
-        """{path: the axis that n:m runs along} of the kernels to prune; None for other patterns. Shapes are enough.
+    def sides(self, fn: Callable[..., Any], params: Params, batch: Any) -> dict[str, Sides] | None:
+        """{path: which axes are inputs and outputs} of the kernels to prune, where that matters; else None. Shapes are enough.
 
         Args:
             fn: (params, batch) -> what the model makes of it.
             params, batch: arrays or ShapeDtypeStructs.
 
         Raises:
-            ValueError: the axis of a kernel is not found (names the path, the shape and why).
+            ValueError: n:m, and the inputs of a kernel are not found (names the path, the shape and why).
         """
-        if not self.neighbours:
+        if not self.sided:
             return None
         leaves, found = trees.paths(params), trace.linears(fn, params, batch)
-        known, wanted = found.contracting(), patterns.chosen(params, self.where or None)
-        for path in wanted:
-            if path not in known:
-                why = found.left.get(path) or "it has no inputs to choose from"
-                raise ValueError(
-                    f"the pattern {self.pattern} runs along a layer's inputs, and those of {path} {list(leaves[path].shape)} are "
-                    f"not found: {why}; name the other kernels with config.prune.where"
-                )
-        return {path: known[path] for path in wanted}
+        known, wanted = found.sides(), patterns.chosen(params, self.where or None)
+        if self.neighbours:
+            for path in wanted:
+                if path not in known or not known[path].inputs:
+                    why = found.left.get(path) or "it has no inputs to choose from"
+                    raise ValueError(
+                        f"the pattern {self.pattern} runs along a layer's inputs, and those of {path} {list(leaves[path].shape)} "
+                        f"are not found: {why}; name the other kernels with config.prune.where"
+                    )
+        return {path: known[path] for path in wanted if path in known}
 
     def after(
-        self, tx: optax.GradientTransformation, steps: int, *, seed: int = 0, axes: Mapping[str, int] | None = None
+        self, tx: optax.GradientTransformation, steps: int, *, seed: int = 0, sides: Mapping[str, Sides] | None = None
     ) -> optax.GradientTransformation:
         """The optimiser with pruning behind it, or around it, in a run of `steps` updates.
 
@@ -231,18 +249,18 @@ class Sparsity:
             tx: the optimiser.
             steps: of the run.
             seed: of random scores and masks, in [0, 2^32).
-            axes: from `axes`, for n:m; without them n:m refuses kernels of more than two axes at `init`.
+            sides: from `sides`; without them kernels whose axes do not say what they are, are refused at `init`.
         """
         if not self.works:
             return tx
         if self.method == "straight_through":
-            return optax.chain(self._straight(steps, seed, axes).tx, tx)
+            return optax.chain(self._straight(steps, seed, sides).tx, tx)
         if self.method == "gradual":
-            criterion, how = self._criterion(seed), self._gradual(steps, axes)
+            criterion, how = self._criterion(seed), self._gradual(steps, sides)
             if self.criterion is not None or criterion.gradients:
                 return around(tx, criterion, **how)
             return optax.chain(tx, sparsify(criterion, **how))
-        shared = {**self._shared, "sparsity": self.sparsity}
+        shared = {**self._shared(sides), "sparsity": self.sparsity}
         if self.method == "static":
             return sparse_training.static_sparse(tx, seed=seed, **shared)
         begin, end = self._span(steps)
@@ -251,21 +269,19 @@ class Sparsity:
         make = sparse_training.rigl if self.method == "rigl" else sparse_training.sparse_evolution
         return make(tx, begin=begin, end=end, every=self.interval, drop=self.drop, seed=seed, **shared)
 
-    def _straight(self, steps: int, seed: int, axes: Mapping[str, int] | None) -> StraightThrough:
-        return straight_through(self._criterion(seed), **self._gradual(steps, axes))
+    def _straight(self, steps: int, seed: int, sides: Mapping[str, Sides] | None) -> StraightThrough:
+        return straight_through(self._criterion(seed), **self._gradual(steps, sides))
 
-    @property
-    def _shared(self) -> dict[str, Any]:
+    def _shared(self, sides: Mapping[str, Sides] | None) -> dict[str, Any]:
         """What all methods take alike."""
         fixed = {"where": self.where or None, "stacked": patterns.SCANNED, "packed": self.packed}
-        return {**fixed, "allocation": self._allocation()}
+        return {**fixed, "allocation": self._allocation(sides)}
 
-    def _gradual(self, steps: int, axes: Mapping[str, int] | None) -> dict[str, Any]:
-        pattern = self._pattern(axes)
+    def _gradual(self, steps: int, sides: Mapping[str, Sides] | None) -> dict[str, Any]:
         return {
-            "sparsity": None if pattern.implied is not None else self.sparsity,
-            "pattern": pattern,
+            "sparsity": None if self.neighbours else self.sparsity,
+            "pattern": self._patterns(sides),
             "schedule": self._schedule(steps),
             "every": self.interval,
-            **self._shared,
+            **self._shared(sides),
         }

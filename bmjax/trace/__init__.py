@@ -6,12 +6,14 @@ from bmjax.trace.groups import Traced, counts, trace
 from bmjax.trace.inputs import Inputs
 from bmjax.trace.keep import masks, pool
 from bmjax.trace.linear import Linear
-from bmjax.trace.stream import Linears, contracting, linears
+from bmjax.trace.sides import Sides
+from bmjax.trace.stream import Linears, contracting, linears, sides
 
 __all__ = [
     "Inputs",
     "Linear",
     "Linears",
+    "Sides",
     "Traced",
     "contracting",
     "counts",
@@ -20,5 +22,6 @@ __all__ = [
     "linears",
     "masks",
     "pool",
+    "sides",
     "trace",
 ]

@@ -35,6 +35,7 @@ class Linear:
         at: the step of each scan around, outermost first; () outside scans.
         inputs, outputs: sizes of its kernel as a matrix [in, out]; a convolution's inputs are its taps, channels innermost.
         place: where in the parameter that matrix is.
+        taps: how many axes a convolution slides along; 0 of any other product.
     """
 
     path: str
@@ -42,6 +43,7 @@ class Linear:
     inputs: int
     outputs: int
     place: Place
+    taps: int = 0
 
     @property
     def name(self) -> str:

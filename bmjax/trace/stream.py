@@ -16,8 +16,9 @@ import numpy as np
 
 from bmjax import trees
 from bmjax.trace.inputs import Inputs
-from bmjax.trace.layout import Place, Step, memory, read
+from bmjax.trace.layout import Step, read
 from bmjax.trace.linear import Constant, Linear, Loop, Planner, Product, Run, plan, runs
+from bmjax.trace.sides import Sides, sides_of
 from bmjax.trace.stages import Layers, Segment, Stage, Visit, slots, staged
 from bmjax.types import Params
 
@@ -48,9 +49,16 @@ class Linears:
         self.layers = tuple(_listed(steps))
         self._stages = staged(steps, set(), self._planner)
 
+    def sides(self) -> dict[str, Sides]:
+        """{path: which axes of the whole parameter are inputs and outputs}; of a kernel used twice, as it is used last."""
+        found = {layer.path: sides_of(layer, self._shapes[layer.path]) for layer in self.layers}
+        return {path: sides for path, sides in found.items() if sides is not None}
+
     def contracting(self) -> dict[str, int]:
         """{path: the innermost axis of the whole parameter that its products contract}, negative: what n:m runs along."""
-        return {layer.path: axis for layer in self.layers if (axis := _axis(layer, self._shapes[layer.path])) is not None}
+        both = {path: [*sides.taps, *sides.inputs] for path, sides in self.sides().items()}
+        long = {path: [axis for axis in axes if self._shapes[path][axis] > 1] for path, axes in both.items()}
+        return {path: axes[-1] for path, axes in long.items() if axes}
 
     def stream(self, params: Params, batches: Sequence[Any], visit: Visitor) -> Params:
         """Goes through the layers in order; each sees the inputs that the changed layers before it make.
@@ -101,6 +109,15 @@ def contracting(fn: Callable[..., Any], params: Params, batch: Any) -> dict[str,
     return linears(fn, params, batch).contracting()
 
 
+def sides(fn: Callable[..., Any], params: Params, batch: Any) -> dict[str, Sides]:
+    """{path: which axes are inputs and outputs} of the kernels of `fn(params, batch)`, as `Linears.sides`.
+
+    Args:
+        fn, params, batch: as for `linears`.
+    """
+    return linears(fn, params, batch).sides()
+
+
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), jax.dtypes.canonicalize_dtype(leaf.dtype)), tree)
 
@@ -116,25 +133,12 @@ def _listed(steps: Sequence[Run | Loop], at: tuple[int, ...] = ()) -> Iterable[L
 
 def _linear(product: Product, at: tuple[int, ...]) -> Linear:
     inputs, outputs = product.place.chain[-1].shape  # type: ignore[union-attr]  # its last step is the matrix
-    return Linear(product.place.path, at, inputs, outputs, product.place)
+    taps = 0 if product.rows.window is None else len(product.rows.window.shape)
+    return Linear(product.place.path, at, inputs, outputs, product.place, taps)
 
 
 def _order(loop: Loop) -> Sequence[int]:
     return range(loop.length)[::-1] if loop.reverse else range(loop.length)
-
-
-def _axis(layer: Linear, whole: tuple[int, ...]) -> int | None:
-    """The innermost contracted axis of the whole array, from the strides of a view of a dummy."""
-    dummy = np.empty(whole, np.int8)
-    matrix = memory(Place(layer.path, layer.place.uncast.chain[:-1]), dummy, layer.at)
-    if matrix is None or layer.inputs < 2:
-        return None
-    sizes, stride = 1, None
-    for size, step in zip(matrix.shape, matrix.strides):
-        if sizes == layer.inputs:
-            break
-        sizes, stride = sizes * size, step if size > 1 else stride
-    return next((axis - len(whole) for axis, step in enumerate(dummy.strides) if step == stride and whole[axis] > 1), None)
 
 
 @jax.jit

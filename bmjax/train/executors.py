@@ -55,9 +55,11 @@ def choose(name: str, mesh: Mesh) -> Executor:
     return {"replicated": _replicated, "partitioned": _partitioned, "pmap": _pmap, "hybrid": _hybrid}[name](mesh)
 
 
-def _by_hand(body: Body, inner: str | None = None) -> Body:
+def _told(body: Body, axis: str | None, inner: str | None = None, split: tuple[int, int] = (1, 1)) -> Body:
+    """The body, traced where `collectives` know how the batch is split."""
+
     def run(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
-        with collectives.over("data", inner):
+        with collectives.over(axis, inner, split):
             return body(state, frozen, batch)
 
     return run
@@ -65,18 +67,19 @@ def _by_hand(body: Body, inner: str | None = None) -> Body:
 
 def _replicated(mesh: Mesh) -> Executor:
     specs = (_WHOLE, _WHOLE, PartitionSpec("data"))
-    return lambda body: jax.shard_map(_by_hand(body), mesh=mesh, in_specs=specs, out_specs=_WHOLE)
+    return lambda body: jax.shard_map(_told(body, "data"), mesh=mesh, in_specs=specs, out_specs=_WHOLE)
 
 
 def _partitioned(mesh: Mesh) -> Executor:
-    return lambda body: body
+    split = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
+    return lambda body: _told(body, None, None, split)
 
 
 def _pmap(mesh: Mesh) -> Executor:
     devices = list(mesh.devices.flat)
 
     def spread(body: Body) -> Body:
-        mapped = jax.pmap(_by_hand(body), "data", in_axes=(None, None, 0), out_axes=None, devices=devices)
+        mapped = jax.pmap(_told(body, "data"), "data", in_axes=(None, None, 0), out_axes=None, devices=devices)
 
         def run(state: TrainState, frozen: Frozen, batch: Batch) -> Any:
             # pmap does not track which values differ between devices; the checks that need it run here, and compute nothing.
@@ -105,7 +108,8 @@ def _hybrid(mesh: Mesh) -> Executor:
                 grads, *rest = body(state._replace(params=whole(state.params)), frozen, batch)
                 return whole(grads), *rest
 
-            mapped = jax.shard_map(_by_hand(gathered, "fsdp"), mesh=mesh, in_specs=specs, out_specs=_WHOLE, axis_names={"data"})
+            told = _told(gathered, "data", "fsdp", (mesh.shape["fsdp"], mesh.shape["tensor"]))
+            mapped = jax.shard_map(told, mesh=mesh, in_specs=specs, out_specs=_WHOLE, axis_names={"data"})
             return mapped(state, frozen, dict(batch))
 
         return run

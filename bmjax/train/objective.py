@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from bmjax import trees
+from bmjax.losses import schedules
 from bmjax.parallel import collectives
 from bmjax.train import precision
 from bmjax.train.gradients import accumulate
 from bmjax.train.jaxprs import alike, read
 from bmjax.train.problem import Frozen, Metrics, Problem
 from bmjax.types import Aux, Batch, Context, GradientContext, Mean, Memory, Outputs, Params, TrainState
+
+_ROLLOUT = 0x726F6C6C  # folded into a step's key; terms take small numbers
 
 
 def gradients(
@@ -31,7 +34,9 @@ def gradients(
         batch: the rows of this device, where an executor splits the batch by hand.
     """
     memory = _memory(problem, state)
-    scale: dict[str, Any] = {name: weight for name, (weight, _) in problem.terms.items()}
+    batch = _rolled_out(problem, state, batch)
+    weights: dict[str, Any] = {name: schedules.at(weight, state.step) for name, (weight, _) in problem.terms.items()}
+    scale = dict(weights)
     if not one_count:
         counts = _global_counts(problem, state, frozen, batch, memory)
         scale = {name: weight / jnp.maximum(counts[name], 1e-12) for name, weight in scale.items()}
@@ -45,8 +50,8 @@ def gradients(
     ctx = GradientContext(state.step, _step_key(state), problem.accumulate, memory, collectives.psum, collectives.all_gather)
     grads, aux = problem.full_gradient.apply(loss, collectives.vary(state.params), batch, ctx)
     metrics = {name: mean.value() for name, mean in aux.means.items()}
-    metrics["loss"] = sum((weight * metrics[name] for name, (weight, _) in problem.terms.items()), start=jnp.float32(0))
-    return grads, aux.memory, metrics
+    metrics["loss"] = sum((weights[name] * value for name, value in metrics.items()), start=jnp.float32(0))
+    return grads, aux.memory, {**metrics, **problem.scheduled(state.step)}
 
 
 def counts_agree(problem: Problem, state: TrainState, frozen: Frozen, batch: Batch) -> bool:
@@ -62,7 +67,7 @@ def counts_agree(problem: Problem, state: TrainState, frozen: Frozen, batch: Bat
         means = _evaluate_terms(problem, state.params, state, frozen, batch, _memory(problem, state)).means
         return [mean.count for mean in means.values()]
 
-    agree = alike(counts, state, frozen, dict(batch))
+    agree = alike(counts, state, frozen, _rolled_out_shapes(problem, state, batch))
     if problem.full_gradient.per_example and not agree:
         raise ValueError(
             f"the loss terms {', '.join(problem.terms)} weigh examples differently, so gradients per example have no average; "
@@ -78,8 +83,23 @@ def batch_keys(problem: Problem, state: TrainState, frozen: Frozen, batch: Batch
         aux = _evaluate_terms(problem, state.params, state, frozen, batch, _memory(problem, state))
         return [mean.total for mean in aux.means.values()]
 
-    found = read(totals, dict(batch), state, frozen)
+    found = read(totals, _rolled_out_shapes(problem, state, batch), state, frozen)
     return {name: {key for key, used in keys.items() if used} for name, (keys, _, _) in zip(problem.terms, found)}
+
+
+def _rolled_out(problem: Problem, state: TrainState, batch: Batch) -> Batch:
+    """The batch that is trained on."""
+    if problem.rollout is None:
+        return batch
+    params = jax.lax.stop_gradient(precision.narrow(_seen(problem, state.params["model"], state), problem.compute_dtype))
+    return problem.rollout(problem.model, params, batch, jax.random.fold_in(_step_key(state), _ROLLOUT), state.step)
+
+
+def _rolled_out_shapes(problem: Problem, state: TrainState, batch: Batch) -> dict[str, Any]:
+    """The same for tracing: where there is a rollout, its shapes."""
+    if problem.rollout is None:
+        return dict(batch)
+    return dict(jax.eval_shape(lambda state, batch: _rolled_out(problem, state, batch), state, dict(batch)))
 
 
 def _memory(problem: Problem, state: TrainState) -> Memory:
@@ -134,19 +154,13 @@ def _forward(
     narrowed = {**batch, "inputs": precision.narrow(batch["inputs"], dtype)}
 
     def finished(outputs: Outputs) -> Outputs:
-        return collectives.rows(outputs if dtype == "float32" else precision.widen(outputs))
+        outputs = outputs if dtype == "float32" else precision.widen(outputs)
+        hidden, *layer = outputs.head or (None,)  # kernel and bias have no rows
+        logits, features, hidden = collectives.rows((outputs.logits, outputs.features, hidden))
+        return Outputs(logits, features, (hidden, *layer) if outputs.head else None)
 
-    seen = params["model"]
-    for view in problem.views:
-        shown = view(seen, state.opt_state["model"], state.step)
-        if difference := trees.first_difference(seen, shown):
-            called = getattr(view, "__name__", type(view).__name__)
-            raise ValueError(
-                f"the view {called} changes the parameters' shapes: {difference}; the forward pass needs them as they are"
-            )
-        seen = shown
     student, renewed = problem.model.apply(
-        precision.narrow(seen, dtype),
+        precision.narrow(_seen(problem, params["model"], state), dtype),
         model_state,
         narrowed,
         train=True,
@@ -154,7 +168,7 @@ def _forward(
         capture=student_capture,
     )
     renewed = _renewed("the model's state", "collectives.moments or collectives.psum", model_state, renewed)
-    partner = problem.model if problem.mean_teacher else problem.teacher
+    partner = problem.partner
     if partner is None:
         return finished(student), None, renewed
     if problem.mean_teacher:
@@ -163,6 +177,19 @@ def _forward(
         precision.narrow(frozen["params"], dtype), frozen["model_state"], narrowed, capture=teacher_capture
     )
     return finished(student), jax.lax.stop_gradient(finished(teacher)), renewed
+
+
+def _seen(problem: Problem, params: Params, state: TrainState) -> Params:
+    """The model's parameters through the views. Raises ValueError if one changes their shapes."""
+    for view in problem.views:
+        shown = view(params, state.opt_state["model"], state.step)
+        if difference := trees.first_difference(params, shown):
+            called = getattr(view, "__name__", type(view).__name__)
+            raise ValueError(
+                f"the view {called} changes the parameters' shapes: {difference}; the forward pass needs them as they are"
+            )
+        params = shown
+    return params
 
 
 def _step_key(state: TrainState) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from bmjax import data, measure, parallel, trace
 from bmjax.config import at_least, field, within
 from bmjax.parallel.rules import Rules
-from bmjax.train import executors, gradients, loop
+from bmjax.train import cost, executors, gradients, loop
 from bmjax.train.checkpoint import Checkpoints
 from bmjax.train.log import Log
 from bmjax.train.objective import batch_keys
@@ -55,6 +55,7 @@ class Run:
     norms: bool = field(False, "log the norms of gradient and update")
     optimizer: Optimizer = field(Optimizer(), "the update rule")
     augment: data.Augment = field(data.Augment(), "random changes of the training inputs")
+    time_teacher: bool = field(False, "time the teacher's forward pass against whole steps before training; copies the state")
     every: loop.Every = field(loop.Every(), "how often to log, evaluate and save")
     profile: str = field("", "from:to, the steps to record in workdir/profile, as in 100:110; empty records none")
 
@@ -130,9 +131,11 @@ def fit(
         schedule: step -> learning rate, to be logged; that of `problem.tx`.
 
     Raises:
-        ValueError: the batch does not divide over the mesh; as `init_state`, `Checkpoints.restore` and `loop.fit`.
+        ValueError: the batch does not divide over the mesh; as `Problem.check_schedules`, `init_state`, `Checkpoints.restore` and
+            `loop.fit`.
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
+    problem.check_schedules(run.steps)
     seed = stream(bench.seed, name)
     batches = data.train_batches(bench.dataset.train, bench.data.batch, seed, run.augment)
     rules, key, example = rules_of(problem.model), jax.random.key(seed), batches[0]
@@ -148,10 +151,15 @@ def fit(
         bench.log.resume(start, name)
         if start >= run.steps:
             return state
+        step = cost.compiled(make_step(problem, bench.mesh, abstract, run.executor), state, frozen, example)
+        figures = cost.measure(step, problem, state, frozen, example)
+        if run.time_teacher and problem.partner is not None:
+            figures["teacher_time_share"] = cost.teacher_time_share(step, problem, state, frozen, example, bench.mesh)
+        cost.note(bench.directory, name, figures)
         # Without threads too, preparing a batch overlaps with the device's work: the step before it is only dispatched.
         with contextlib.closing(data.stream(batches, start, run.steps, bench.data.threads)) as host:
             return loop.fit(
-                make_step(problem, bench.mesh, abstract, run.executor),
+                step,
                 state,
                 frozen,
                 parallel.feed(host, bench.mesh),
@@ -175,10 +183,11 @@ def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> No
         frozen: the teacher's {"params", "model_state"}, arrays or abstract.
 
     Raises:
-        ValueError: the batch does not divide over mesh and microbatches, a term does not fit the model, teacher or data, or
-            the data cannot be augmented so.
+        ValueError: the batch does not divide over mesh and microbatches, a term does not fit the model, teacher or data, a
+            schedule begins or ends at what cannot be, or the data cannot be augmented so.
     """
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
+    problem.check_schedules(run.steps)
     example = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)[0]
     abstract = abstract_state(problem, bench.mesh, rules_of(problem.model), jax.random.key(bench.seed), example, frozen=frozen)
     jax.eval_shape(make_step(problem, bench.mesh, abstract, run.executor), abstract, frozen, example)
@@ -196,6 +205,11 @@ def rules_of(model: Any) -> Rules:
 def stream(seed: int, name: str) -> int:
     """The seed of the run called `name`: a retraining does not see the batches of the run before it in the same order."""
     return int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
+
+
+def start_key(bench: Bench, name: str) -> jax.Array:
+    """The PRNG key that the model of the run called `name` is initialised with; see `state.init_state`."""
+    return jax.random.split(jax.random.key(stream(bench.seed, name)), 3)[0]
 
 
 def outcome(params: Params, extra: Mapping[str, Any]) -> Params:

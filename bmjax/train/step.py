@@ -46,12 +46,15 @@ def make_step(
         and with `problem.norms` "grad_norm" and "update_norm".
 
     Raises:
-        ValueError: the executor does not fit the mesh, the devices cannot compute in the problem's dtype, or its gradient would
-            spoil a part of the state.
+        ValueError: the executor does not fit the mesh or the problem's rollout, the devices cannot compute in the problem's
+            dtype, or its gradient would spoil a part of the state.
     """
     check_state(problem, state)
     check_compute_dtype(problem.compute_dtype, mesh.devices.flat)
     spread = executors.choose(executor, mesh)
+    if problem.rollout is not None and executor == "hybrid":
+        # XLA's partitioner aborts the process on the look-ups of generation beside a manual axis.
+        raise ValueError("the executor hybrid cannot run a problem's rollout; take partitioned")
 
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
         parallel.check_batch(len(batch["targets"]), mesh, problem.accumulate)

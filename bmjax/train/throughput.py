@@ -63,7 +63,14 @@ def peak_flops(devices: Sequence[Any]) -> float | None:
 def model_flops(problem: Any, state: TrainState, frozen: Any, batch: Batch) -> int:
     """FLOPs that a training step needs: three forward passes of the student (one, and two backward) and one of the teacher.
 
-    What an implementation repeats to save memory is not counted, and what pruning has zeroed is.
+    What an implementation repeats to save memory is not counted, and what pruning has zeroed is. Arguments as `forward_flops`.
+    """
+    student, teacher = forward_flops(problem, state, frozen, batch)
+    return 3 * student + teacher
+
+
+def forward_flops(problem: Any, state: TrainState, frozen: Any, batch: Batch) -> tuple[int, int]:
+    """FLOPs of a forward pass of the student and of its teacher, 0 without one, on a whole batch.
 
     Args:
         problem: a `train.Problem`.
@@ -76,8 +83,10 @@ def model_flops(problem: Any, state: TrainState, frozen: Any, batch: Batch) -> i
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, model_state, dict(batch)))
         return trace.flops(lambda p, s, b: model.apply(p, s, b)[0].logits, *shapes)
 
-    teacher = forward(problem.teacher, frozen["params"], frozen["model_state"]) if problem.teacher is not None else 0
-    return 3 * forward(problem.model, state.params["model"], state.model_state) + teacher
+    student = forward(problem.model, state.params["model"], state.model_state)
+    if problem.mean_teacher:
+        return student, student
+    return student, forward(problem.teacher, frozen["params"], frozen["model_state"]) if problem.teacher is not None else 0
 
 
 def peak_memory(devices: Sequence[Any]) -> int | None:
@@ -195,17 +204,19 @@ def probe(step: jax.Array, opt_state: Any, params: Params, schedule: optax.Sched
 
     Returns:
         learning_rate; "sparsity/<path>", the fraction that is dropped of each pruned array; and "sparsity/layers/3", that of all
-        pruned arrays in one layer, where arrays below "layers" stack the layers on their first axis.
+        pruned arrays in one layer, where arrays below "layers" stack the layers on their first axis; nan_scores, how many scores
+        that masks were made from were NaN so far.
     """
     figures = {}
     if schedule is not None:
         figures["learning_rate"] = jnp.asarray(schedule(jnp.maximum(step - 1, 0)), jnp.float32)
-    return figures | {f"sparsity/{path}": value for path, value in _sparsity(opt_state, params).items()}
+    if prune.prunes(opt_state):
+        figures.update({f"sparsity/{path}": value for path, value in _sparsity(opt_state, params).items()})
+        figures["nan_scores"] = prune.nan_scores(opt_state)
+    return figures
 
 
 def _sparsity(opt_state: Any, params: Params) -> dict[str, jax.Array]:
-    if not prune.prunes(opt_state):
-        return {}
     pruned = {path: mask for path, mask in trees.paths(prune.masks(opt_state, params)).items() if mask.ndim > 0}
     figures = {path: _dropped(mask).sum() / mask.size for path, mask in pruned.items()}
     stacks = [mask for path, mask in pruned.items() if re.match(r"layers/(?!\d)", path) and mask.ndim > 2]
