@@ -43,6 +43,23 @@ def test_the_code_of_the_guide_is_that_of_the_examples_and_its_links_and_command
         assert (ROOT / name).is_file()
 
 
+def test_the_code_of_the_tutorial_on_distillation_is_that_of_its_example():
+    guide, source = ((ROOT / name).read_text() for name in ("docs/distillation.md", "examples/own_distillation_loss.py"))
+    blocks = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(blocks) == 2
+    assert all(block in source for block in blocks)
+    for link in re.findall(r"\]\((.*?)\)", guide):
+        assert (ROOT / "docs" / link).is_file()
+
+
+def test_own_distillation_loss_brings_the_student_to_the_teacher(capsys):
+    (*_, teacher_ce, _), (*_, ce, hint, _, margin) = printed("own_distillation_loss", capsys)
+    assert teacher_ce < 0.2
+    assert ce < 1.0
+    assert margin < 0.6
+    assert hint < 1.5
+
+
 def test_own_loss_term_makes_predictions_less_certain(capsys):
     (_, _, sure), (_, ce, unsure) = printed("own_loss_term", capsys)
     assert unsure > 2 * sure
