@@ -275,6 +275,11 @@ def apply_cudnn():
         (lambda: Decoder(width=60, heads=8).build((T,), V), "width 60 does not divide into 8 heads; .* as 56"),
         (lambda: Decoder(heads=4, kv_heads=3).build((T,), V), "kv_heads 3 does not divide 4 heads"),
         (lambda: Decoder(head_dim=3).build((T,), V), "rotary positions need heads of an even size; head_dim is 3"),
+        (
+            lambda: Decoder(length=64).build((T,), V),
+            "length is 64, and positions are rope, which do not look at it; leave it out",
+        ),
+        (lambda: Decoder(positions="learned", rope_base=5e5).build((T,), V), "rope_base is 500000.0, and positions are learned"),
         (lambda: config.validate(Decoder(norm="batchnorm")), "norm is 'batchnorm'; expected one of rmsnorm, layernorm"),
         (lambda: config.validate(Decoder(remat="some")), "remat is 'some'; expected one of none, full, dots, dots_no_batch"),
         (lambda: config.validate(Decoder(kv_heads=0)), "kv_heads"),

@@ -12,7 +12,7 @@ from formulas import check_outputs, check_slopes, close, cross_entropy, dense, l
 
 from bmjax import config, data, shrink, trace, trees
 from bmjax.jobs import architecture
-from bmjax.models import Decoder, Encoder
+from bmjax.models import Decoder, Encoder, Plain
 from bmjax.models.block import BlockSpec
 from bmjax.models.encoder import TextClassifier
 
@@ -223,6 +223,10 @@ def test_the_datas_vocabulary_and_length_are_compared_with_the_models(entry, mon
         entry(Encoder(vocabulary=V, length=8), texts(9))
     with pytest.raises(ValueError, match="the model takes token ids and the inputs of real are none"):
         entry(Encoder(), dataset("real", np.random.default_rng(0).normal(size=(30, T))))
+    with pytest.raises(
+        ValueError, match="the inputs of made are token ids and Plain takes numbers; take a Decoder or an Encoder"
+    ):
+        entry(Plain(), texts())
 
 
 def test_configs_build_what_they_say():

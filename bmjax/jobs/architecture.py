@@ -47,6 +47,10 @@ def build(model: Any, dataset: Dataset) -> Any:
             f"the model is made as {type(found).__name__}; expected a Model with init and apply (bmjax.models.adapters)"
         )
     _check_vocabulary(getattr(found, "vocabulary", 0), dataset)
+    if dataset.vocabulary and type(model) in kinds().values() and not getattr(found, "vocabulary", 0):
+        raise ValueError(
+            f"the inputs of {dataset.name} are token ids and {type(model).__name__} takes numbers; take a Decoder or an Encoder"
+        )
     return found
 
 

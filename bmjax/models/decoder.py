@@ -109,24 +109,32 @@ class CausalLM(nn.Module):
         return table[None, :tokens] if positions is None else jnp.take(table, positions, axis=0)
 
 
+_LENGTH, _BASE = 1024, 10000.0
+
+
 @dataclasses.dataclass
 class Decoder(BlockConfig):
     """Config of a causal language model."""
 
     kv_heads: int | None = field(None, "heads of keys and values, each for heads / kv_heads queries; none: heads", check=above(0))
     positions: str = field("rope", "rotary or learned", choices=("rope", "learned"))
-    length: int = field(1024, "learned positions: the longest sequence", check=above(0))
-    rope_base: float = field(10000.0, "rotary positions: base of the frequencies", check=above(1))
+    length: int = field(_LENGTH, "learned positions: the longest sequence", check=above(0))
+    rope_base: float = field(_BASE, "rotary positions: base of the frequencies", check=above(1))
     tied: bool = field(True, "the head is the embedding's table")
 
     def validate(self) -> None:
-        """Raises ValueError if heads, kv_heads, head_dim and width do not fit each other."""
+        """Raises ValueError if heads, kv_heads, head_dim and width do not fit each other, or a setting would do nothing."""
         check_heads(self.width, self.heads, self.head_dim)
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"kv_heads {self.kv_heads} does not divide {self.heads} heads; take a divisor of {self.heads}")
         head_dim = self.head_dim or self.width // self.heads
         if self.positions == "rope" and head_dim % 2:
             raise ValueError(f"rotary positions need heads of an even size; head_dim is {head_dim}")
+        name, usual = ("length", _LENGTH) if self.positions == "rope" else ("rope_base", _BASE)
+        if getattr(self, name) != usual:
+            raise ValueError(
+                f"{name} is {getattr(self, name)}, and positions are {self.positions}, which do not look at it; leave it out"
+            )
 
     def build(self, shape: tuple[int, ...], classes: int) -> LinenModel:
         """The model for sequences of one example's `shape` [T] with `classes` tokens in the vocabulary.
