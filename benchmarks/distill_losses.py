@@ -43,13 +43,13 @@ def _logits(name: str, weight: float, **kw: Any) -> Callable[[Pair], Any]:
     return make
 
 
-def _stages(name: str, weight: float, *, last: bool = False, **kw: Any) -> Callable[[Pair], Any]:
-    """On the map of each stage, or of the last one."""
+def _stages(name: str, weight: float, *, only: slice = slice(None), **kw: Any) -> Callable[[Pair], Any]:
+    """On the map of each stage, or of some."""
 
     def make(pair: Pair) -> Any:
         from bmjax import distill, losses
 
-        layers = dict(list(pair.stages.items())[-1:]) if last else pair.stages
+        layers = dict(list(pair.stages.items())[only])
         trained = {argument: getattr(distill, init) for argument, init in kw.get("trained", {}).items()}
         return losses.on_features(getattr(distill, name), layers, weight=weight, **{**kw, "trained": trained})
 
@@ -110,9 +110,9 @@ ON_MAPS: dict[str, tuple[float, Callable[[Pair], Any]]] = {
     "attention_transfer": (0.0, _stages("attention_transfer", 1000.0)),
     "factor_transfer": (0.0, _stages("factor_transfer", 200.0)),
     "nst": (0.0, _stages("nst", 50.0)),
-    "fsp": (0.0, _stages("fsp", 50.0, project="auto", together=True)),
+    "fsp": (0.0, _stages("fsp", 50.0, only=slice(2), project="auto", together=True)),
     "vid": (0.0, _stages("vid", 1.0, project="linear", trained={"log_variance": "vid_variance"})),
-    "activation_boundary": (0.0, _stages("activation_boundary", 1.0, last=True, project="linear")),
+    "activation_boundary": (0.0, _stages("activation_boundary", 1.0, only=slice(-1, None), project="linear")),
     "review_kd": (0.0, _stages("review_kd", 1.0, together=True, trained={"fusion": "review_fusion"})),
 }
 ON_TRANSFORMERS: dict[str, tuple[float, Callable[[Pair], Any]]] = {

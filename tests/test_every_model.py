@@ -64,8 +64,15 @@ def alone(name):
     return two_steps(name, "data=1", "auto")
 
 
-@pytest.mark.parametrize(("spec", "executor"), EXECUTORS)
-@pytest.mark.parametrize("name", MODELS)
+SLOW = {("resnet", "pmap"), ("resnet", "hybrid"), ("encoder", "pmap"), ("encoder", "hybrid"), ("residual", "hybrid")}
+CASES = [
+    pytest.param(name, *executor, marks=[pytest.mark.slow] if (name, executor[1]) in SLOW else [])
+    for name in MODELS
+    for executor in EXECUTORS
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "executor"), CASES)
 def test_two_steps_are_those_of_one_device(name, spec, executor):
     want, have = alone(name), two_steps(name, spec, executor)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), want, have)
