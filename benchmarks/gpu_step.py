@@ -11,6 +11,7 @@ head is reported both ways.
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import statistics
@@ -63,6 +64,8 @@ def main() -> None:
     parser.add_argument("--peak", type=float, help="FLOP/s of the device, where its name is not known here")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     arguments = parser.parse_args()
+    if arguments.peer and importlib.util.find_spec("torch") is None:
+        parser.exit(2, "error: --peer times PyTorch, which is not installed; install torch, or leave --peer out\n")
     shape = SHAPES[arguments.size]
     shape = dataclasses.replace(shape, batch=arguments.batch or shape.batch)
     rows = {
