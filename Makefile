@@ -1,9 +1,9 @@
-# `make quickstart` compresses a model of half a million parameters; `make test` runs all tests.
+# `make quickstart` compresses a model of half a million parameters; `make test` runs the tests, `make test-slow` the longest ones.
 PYTHON ?= python3
 BIN := .venv/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup dev quickstart test lint clean
+.PHONY: setup dev quickstart test test-slow lint clean
 
 setup: .venv/.installed
 
@@ -23,6 +23,9 @@ quickstart: setup
 
 test: dev
 	$(BIN)/python -m pytest -n 2
+
+test-slow: dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: dev
 	$(BIN)/ruff check .

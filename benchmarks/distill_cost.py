@@ -159,8 +159,14 @@ def segments(name: str, arguments):
         return driven(student, terms, optax.adamw(1e-3), mesh, batches, steps, partner and (teacher, frozen))
 
     def teach() -> None:
+        """The teacher's forward passes, each waited for when the next one is on its way, as the steps' losses are."""
+        late = None
         for _ in range(steps):
-            jax.block_until_ready(one(placed))
+            found = one(placed)
+            if late is not None:
+                late.block_until_ready()
+            late = found
+        late.block_until_ready()
 
     with tempfile.TemporaryDirectory() as folder:
         beside = write(folder, split, layout, one, mesh, size)

@@ -1,6 +1,7 @@
 """Every distillation loss as the terms of an objective, with the weights that the docstrings name.
 
-Losses on logits share the objective with the labels, the others stand beside the whole task loss.
+Losses on logits share the objective with the labels, the others stand beside the whole task loss. `dkd` is warmed up over the
+paper's 20 epochs, however long the run is.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,12 +16,14 @@ class Pair(NamedTuple):
         final: {student's last feature: teacher's}.
         attention: {student's layer: teacher's}, prefixes such as "layers/1/attention".
         examples: in the training split, for a memory bank.
+        batch: examples a step, which a paper's weight may be counted in.
     """
 
     stages: Mapping[str, str]
     final: Mapping[str, str]
     attention: Mapping[str, str]
     examples: int
+    batch: int
 
 
 def terms(name: str, pair: Pair) -> dict[str, tuple[float, Any]]:
@@ -80,7 +83,20 @@ def _crd(pair: Pair) -> Any:
     from bmjax import distill
 
     (mine, theirs), *_ = pair.final.items()
-    return distill.crd_term(mine, theirs, examples=pair.examples)
+    return distill.crd_term(mine, theirs, examples=pair.examples, weight=0.8)
+
+
+def _correlation(pair: Pair) -> Any:
+    return _final("correlation", 0.02 * pair.batch**2)(pair)
+
+
+def _dkd(pair: Pair) -> Any:
+    import optax
+
+    from bmjax import distill, losses
+
+    warmup = optax.linear_schedule(0.0, 1.0, max(20 * pair.examples // pair.batch, 1))  # the paper's 20 epochs
+    return losses.on_logits(distill.dkd, warmup)
 
 
 # {name: (share of the labels' loss that it takes, what makes the term)}
@@ -92,15 +108,15 @@ ON_LOGITS: dict[str, tuple[float, Callable[[Pair], Any]]] = {
     "skew_kl": (0.9, _logits("skew_kl", 0.9, temperature=4.0)),
     "skew_reverse_kl": (0.9, _logits("skew_reverse_kl", 0.9, temperature=4.0)),
     "tvd": (0.5, _logits("tvd", 1.0)),
-    "dkd": (0.0, _logits("dkd", 1.0)),
-    "dist": (0.0, _logits("dist", 1.0)),
+    "dkd": (0.0, _dkd),
+    "dist": (0.0, _logits("dist", 1.0, beta=2.0, gamma=2.0, temperature=4.0)),
     "logit_standardized_kd": (0.9, _logits("logit_standardized_kd", 9.0)),
     "label_smoothing_teacher": (0.1, _logits("label_smoothing_teacher", 0.1)),
 }
 ON_VECTORS: dict[str, tuple[float, Callable[[Pair], Any]]] = {
     "cosine": (0.0, _final("cosine", 1.0, project="linear")),
     "similarity": (0.0, _final("similarity", 3000.0)),
-    "correlation": (0.0, _final("correlation", 0.02 * 64**2)),
+    "correlation": (0.0, _correlation),
     "rkd": (0.0, _final("rkd", 1.0)),
     "pkt": (0.0, _final("pkt", 30000.0)),
     "crd": (0.0, _crd),

@@ -2,6 +2,9 @@
 
 python -m experiments.evaluate --model=runs/article/export
 python -m experiments.evaluate --model=runs/article --best --split=valid
+python -m experiments.evaluate --model=runs/mine --config=mine.py
+
+A run whose model, views or data are functions of a config file takes that file again, and the --config flags it was given.
 """
 
 from typing import Any
@@ -11,19 +14,33 @@ import rich.table
 
 from bmjax import config
 from bmjax.jobs.evaluate import Config, defaults, evaluate, output
+from experiments import train
 
 CLASSES_SHOWN = 20
 
 
 def main(settings: Config, rest: list[str], command: str) -> None:
     """Evaluates and ends with a table and the path of the JSON file."""
-    results = evaluate(settings, command)
+    results = evaluate(settings, command, again(rest) if rest else None)
     console = rich.console.Console()
     for shown in tables(results):
         console.print(shown)
     for note in filter(None, (results["note"], results["bytes_note"])):
         console.print(note, soft_wrap=True)
     console.print(f"figures: {output(settings).absolute()}", soft_wrap=True)
+
+
+def again(arguments: list[str]) -> Any:
+    """The config of a training, of the same arguments.
+
+    Raises:
+        ValueError: they name no config file, or as `config.launch` would say.
+    """
+    if not any(argument.startswith("--config=") and argument.endswith(".py") for argument in arguments):
+        raise ValueError(f"{arguments[0]} is of a training; give its config file too, --config=<file.py>, or leave it out")
+    given = config.from_arguments(arguments, train.PRESETS, "article")
+    config.validate(given)
+    return given
 
 
 def tables(results: dict[str, Any]) -> list[rich.table.Table]:
@@ -50,4 +67,4 @@ def tables(results: dict[str, Any]) -> list[rich.table.Table]:
 
 
 if __name__ == "__main__":
-    config.launch_settings(main, settings=defaults, by="model", about=__doc__)
+    config.launch_settings(main, settings=defaults, by="model", forwards="config", about=__doc__)

@@ -131,6 +131,25 @@ def test_distillation_with_a_hint_and_dropout_is_the_same_on_every_mesh(model):
         assert_close(many.params, one.params)
 
 
+HALVES = (("hidden/kernel", (None, "fsdp")), ("hidden/bias", ("fsdp",)), (".*", ()))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("executor", "spec"), [("pmap", "data=8"), ("hybrid", "data=2,fsdp=4")])
+def test_executors_on_request_run_them_too(executor, spec, name):
+    """With dropout, and for hybrid with parameters that are split."""
+    split = {
+        "plain": adapters.plain(plain_init, plain_apply, rules=HALVES),
+        "linen": adapters.linen(LinenNet(), rngs=("dropout",), rules=HALVES),
+        "nnx": adapters.nnx(NNXNet, rules=HALVES),
+    }[name]
+    one, history = run(MODELS[name], "data=1")
+    many, seen = run(split, spec, executor=executor)
+    assert history[-1] < history[0]
+    assert_close(seen, history)
+    assert_close(many.params, one.params)
+
+
 @each
 def test_dropout_goes_by_the_id_and_by_the_step_key(model):
     batch = make_batch()

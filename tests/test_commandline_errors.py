@@ -1,12 +1,16 @@
 """Every mistake gets one line and exit code 2 before anything is compiled, and leaves the workdir to the right command."""
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import gpu_step
 from bmjax import config as configs
 from bmjax.config import kinds, leaves
 from bmjax.train import loop
@@ -141,11 +145,41 @@ def trained(blobs):
         ),
         ("train", ["--config.seed=4294967296"], "config.seed is 4294967296; expected an int in [0, 4294967296)"),
         ("compress", ["--config.pretrained=none"], "none has no manifest.json"),
+        ("train", ["--config=cifar_resnet"], "give --config.data.source=images:<file.parquet or folder>"),
+        (
+            "train",
+            ["--config.run.executor=pmap", "--config.machine.mesh=data=2,fsdp=4"],
+            "the executor pmap keeps parameters whole, and the mesh is data=2,fsdp=4,tensor=1",
+        ),
+        (
+            "compress",
+            ["--config.data.test=0.0001"],
+            "has 1 example, of which no verdict can come: to call even a model that errs alike not worse takes 133 at budget",
+        ),
     ],
 )
 @pytest.mark.usefixtures("_nothing_runs")
 def test_a_mistake_gets_one_line(refused, program, arguments, line):
     assert line in refused(program, *arguments)
+
+
+def test_stderr_is_one_line_where_jax_looks_for_its_devices_itself(tmp_path):
+    """Without simulated devices JAX tells of the backends that it does not find; that comes before no refusal."""
+    env = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES")}
+    flags = ["--config.machine.devices=0", "--config.machine.mesh=data=31", f"--workdir={tmp_path}"]
+    done = subprocess.run([sys.executable, "-m", "experiments.train", *flags], env=env, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: mesh 'data=31': it takes 31 devices, but there .*\n", done.stderr)
+
+
+def test_a_benchmark_beside_a_peer_that_is_not_installed_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(sys, "argv", ["gpu_step", "--size=toy", "--peer"])
+    monkeypatch.setattr(gpu_step, "ours", None)
+    with pytest.raises(SystemExit) as end:
+        gpu_step.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: --peer times PyTorch, which is not installed; install torch, or leave --peer out\n"
 
 
 GOOD = {"inputs": np.ones((40, 5), np.float32) * np.arange(40)[:, None], "targets": np.arange(40) % 2}

@@ -1,26 +1,32 @@
 """The main job on three blobs: what it reports is what it ships, it goes on where it was cut, and it says when nothing passed."""
 
 import copy
+import dataclasses
 import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from bmjax import config as configs
-from bmjax import data, deploy, prune
+from bmjax import data, deploy, parallel, prune, trees
 from bmjax.data.dataset import stratified
 from bmjax.distill import Distill
 from bmjax.jobs import common
 from bmjax.jobs import compress as jobs
+from bmjax.jobs import search as parts
 from bmjax.jobs import train as alone
 from bmjax.jobs.search import Pruning
+from bmjax.losses import Task
+from bmjax.measure import tango_interval
 from bmjax.models import Plain, Residual, Transformer
 from bmjax.train import log as logs
 from bmjax.train import loop
 from bmjax.train.optimizer import Optimizer
-from bmjax.train.run import Run
+from bmjax.train.run import Bench, Run
+from experiments import compress
 
 BATCH, BIG_STEPS, PRUNE_STEPS, RETRAIN_STEPS = 16, 30, 30, 20
 RESIDUAL = Residual(layers=2, width=8, neurons=16)
@@ -214,6 +220,61 @@ def test_a_job_that_was_killed_goes_on(finished, source, tmp_path, monkeypatch):
     assert lasting(again) == lasting(results)
 
 
+def test_a_vision_transformer_is_pruned_and_cut(source, tmp_path):
+    """The middle of the job, on one device and from fresh parameters: what is cut is what the search proposed, and it works."""
+    model = Transformer(patch=2, layers=2, width=8, heads=2, neurons=16).build((4, 4, 1), 3)
+    settings, terms = data.Data(source=source(True), batch=BATCH), {"ce": (1.0, Task().term())}
+    with logs.Log(tmp_path, tensorboard=False) as log:
+        mesh = parallel.make_mesh("data=1", jax.devices()[:1])
+        bench = Bench(mesh, data.load(settings), settings, tmp_path, log, 0)
+        big = common.Net(model, *jax.jit(model.init)(jax.random.key(0), bench.example()))
+        analysis = parts.analyse(bench, big)
+        pruning = Pruning(ratios=(3.0,), run=run(200, 0.02), interval=5, end=0.3)
+        (candidate,) = parts.search(bench, big, analysis, parts.measure_sensitivity(bench, big, analysis), pruning, terms, 1.0)
+        small = parts.compact(bench, candidate, analysis)
+        accuracy = common.evaluate(bench, small, bench.dataset.test).summary["accuracy"]
+    whole = {"layers": 2, "heads": 2, "neurons": 16}
+    assert {group.name: group.size for group in analysis.groups} == whole
+    sizes = candidate.proposal.sizes
+    assert {name: int(keep.sum(-1).max()) for name, keep in candidate.keeps.items()} == sizes
+    assert sizes["layers"] == sizes["heads"] == 1 and sizes["neurons"] < 16
+    leaves = trees.paths(small.params)
+    assert leaves["layers/attention/query/kernel"].shape == (sizes["layers"], 8, sizes["heads"], 4)
+    assert leaves["layers/up/kernel"].shape == (sizes["layers"], 8, sizes["neurons"])
+    assert trees.size(small.params) == candidate.proposal.parameters <= trees.size(big.params) / 3
+    assert accuracy > 0.9
+
+
+def test_a_test_split_that_cannot_say_not_worse_is_refused_before_training(source, tmp_path, monkeypatch):
+    """How many it takes: the interval of no discordant pair is below the allowed drop from there on, and not before."""
+    monkeypatch.setattr(loop, "fit", None)
+    settings = config(source(False), max_drop=0.01)
+    with pytest.raises(
+        ValueError, match=r"the test split has 160 examples, of which no verdict can come: .* takes 268 at"
+    ) as found:
+        jobs.compress(settings, tmp_path, "c")
+    assert "budget.max_drop=0.01 and budget.level=0.05" in str(found.value)
+    assert tango_interval(0, 0, 268)[1] < 0.01 < tango_interval(0, 0, 267)[1]
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_big_model_that_saw_other_images_is_said_to():
+    digits = configs.load("digits", compress.PRESETS)
+    assert jobs._augmentation(digits) == [
+        "The big model was trained with augmentation (shift=1, noise=0.15); "
+        "the small model and the baselines were trained without augmentation."
+    ]
+    digits.retrain.augment = dataclasses.replace(digits.big.augment, shift=2)
+    digits.pretrained = "elsewhere"
+    assert jobs._augmentation(digits) == [
+        "The big model was given as it is, trained elsewhere; the small model and the baselines were trained with augmentation "
+        "(shift=2, noise=0.15), and pruning went without augmentation."
+    ]
+    digits.pretrained, digits.prune.run.augment = "", digits.big.augment
+    digits.retrain.augment = digits.big.augment
+    assert jobs._augmentation(digits) == []
+
+
 @pytest.mark.slow
 def test_a_vision_transformer_loses_layers_heads_and_neurons(source, tmp_path):
     model = Transformer(patch=2, layers=2, width=8, heads=2, neurons=16)
@@ -262,7 +323,8 @@ def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
     params = load_file(tmp_path / jobs.EXPORT / "params.safetensors")
     assert [params[f"hidden_{i}/kernel"].shape for i in range(2)] == [(16, a), (a, b)]
     assert models["small"]["metrics"]["accuracy"] == pytest.approx(shipped_accuracy(tmp_path))
-    assert (tmp_path / jobs.REPORT).exists()
+    said = "was given as it is, trained elsewhere; the small model and the baselines were trained without augmentation."
+    assert said in results["notes"][-1] and said in (tmp_path / jobs.REPORT).read_text()
     check_curve(results["sensitivity"], export, data.load(settings.data).valid.take(slice(None)))
 
 
@@ -293,7 +355,7 @@ def test_when_nothing_passes_it_says_so(source, classifier, tmp_path, ratios, tr
         Plain(hidden=(24, 12)),
         mesh="data=8",
         ratios=ratios,
-        max_drop=0.001,
+        max_drop=0.02,
         pruned=run(3, 1e-6),  # one neuron a layer, and no time to learn: three classes cannot be told apart
         pretrained=str(export),
     )

@@ -104,6 +104,22 @@ def test_the_bank_gives_the_negatives_and_remembers_the_batch():
         np.testing.assert_allclose(new[name], want, rtol=1e-4, atol=1e-6)
 
 
+def test_a_schedule_is_its_weight():
+    student, teacher = Outputs(None, {"final": jnp.asarray(S)}), Outputs(None, {"final": jnp.asarray(T)})
+    batch = {"id": jnp.arange(len(S)), "weights": jnp.asarray(WEIGHTS)}
+
+    def value(weight, step):
+        term = distill.crd_term(examples=EXAMPLES, negatives=NEGATIVES, width=WIDTH, weight=weight)
+        params, bank = term.init(jax.random.key(0), student, teacher)
+        same = lambda tree: tree
+        ctx = Context(params, bank, jnp.int32(step), jax.random.key(1), same, same)
+        return term.apply(ctx, student, teacher, batch)[0].value(), set(term.schedules)
+
+    (followed, names), (fixed, none) = value(optax.linear_schedule(0.0, 1.0, 10), 3), value(1.0, 3)
+    np.testing.assert_allclose(followed, 0.3 * fixed, rtol=1e-5)
+    assert fixed > 0 and (names, none) == ({"weight"}, set())
+
+
 def test_of_an_example_that_is_there_twice_the_last_is_remembered():
     ids, counted = jnp.array([4, 4, 1, 4]), jnp.array([True, True, True, False])
     bank = contrast._remember(jnp.zeros((5, 4)), jnp.asarray(S[:4]), ids, counted, 0.0)
@@ -195,6 +211,7 @@ make = functools.partial(distill.crd_term, examples=EXAMPLES)
         (lambda: distill.crd_term(examples=1), "crd: 1024 negatives of 1 examples"),
         (lambda: make(momentum=1.0), r"the bank's momentum is 1.0; expected a number in \[0, 1\)"),
         (lambda: make(weight=np.nan), "the weight of crd is nan"),
+        (lambda: make(weight=lambda step: jnp.inf), "the weight of crd is inf at step 0"),
         (lambda: make(width=0), "embeddings of width 0"),
         (lambda: make().init(jax.random.key(0), None, None), "the term crd needs a teacher"),
         (lambda: make().apply(None, None, None, {}), r"crd needs batch\['id'\]"),

@@ -144,9 +144,13 @@ def test_auto_sees_the_parameters_that_the_run_starts_from(tmp_path):
             "layers/1/mlp would learn from layers/3/mlp, which the teacher has not; the nearest are layers/",
         ),
         (("distill.layers=last", "distill.part=attention"), "the student has no layers with a part 'attention'; the nearest are"),
-        (("rollout.fraction=0.5",), "a rollout continues tokens [B, T]; the inputs are [8, 6]"),
-        (("rollout.fraction=1.5",), "config.teacher.rollout.fraction is 1.5; expected"),
-        (("model=none", "cached=here", "rollout.fraction=0.5"), "cached outputs are of the data's tokens; for a rollout"),
+        (("distill.layers=last", "distill.vocabulary=2"), "distill.vocabulary is 2, and the data have 3 classes"),
+        (("distill.layers=last", "rollout.fraction=0.5"), "a rollout continues tokens [B, T]; the inputs are [8, 6]"),
+        (("distill.layers=last", "rollout.fraction=1.5"), "config.teacher.rollout.fraction is 1.5; expected"),
+        (
+            ("model=none", "distill.layers=last", "cached=here", "rollout.fraction=0.5"),
+            "cached outputs are of the data's tokens; for a rollout",
+        ),
     ],
 )
 def test_a_mistake_gets_one_line(blobs, tmp_path, capfd, flags, words):

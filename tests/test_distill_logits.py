@@ -126,6 +126,36 @@ def test_gradients_are_finite_at_extreme_logits(name):
 
 
 @pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_class_that_one_network_rules_out_ruins_no_step(name, whose):
+    """A class of -inf in one network alone, never the label's: the value is finite, and the gradient of a usual size."""
+    pair, ruled = [S.copy(), T.copy()], (np.arange(B), (LABELS + 1) % C)
+    pair[whose == "teacher"][ruled] = -np.inf
+    s, t = (jnp.asarray(x) for x in pair)
+    value, slope = jax.value_and_grad(lambda s: ALL[name](s, t).sum())(s)
+    assert np.isfinite(value) and np.abs(slope).max() < 1e4
+    assert np.any(slope[~np.isneginf(s)])
+
+
+def test_what_is_ruled_out_has_the_log_probability_of_minus_200():
+    one, other = np.array([0.0, 1.0, -np.inf], np.float32), np.array([0.5, 0.0, -1.0], np.float32)
+    p, q = (softmax(x.astype(np.float64)) for x in (other, one))
+    log_q = np.where(q > 0, np.log(np.where(q > 0, q, 1)), -200)
+    want, crossed = (p * (np.log(p) - log_q)).sum(), -(p * log_q).sum()
+    np.testing.assert_allclose(distill.kd(one, other, 1.0), want, rtol=1e-5)
+    np.testing.assert_allclose(distill.reverse_kl(other, one), want, rtol=1e-5)
+    np.testing.assert_allclose(distill.soft_cross_entropy(one, other, 1.0), crossed, rtol=1e-5)
+    slope = jax.grad(lambda s: distill.kd(s, jnp.asarray(other), 1.0))(jnp.asarray(one))
+    np.testing.assert_allclose(slope, q - p, rtol=1e-5)
+    only_bias = lambda z: (jnp.ones(1), jnp.zeros((1, 3)), z)
+    for name in ("kd", "soft_cross_entropy"):
+        plain, fused = getattr(distill, name), getattr(distill.vocabulary, name)
+        wanted = jax.value_and_grad(plain)(jnp.asarray(one), jnp.asarray(other), 1.0)
+        found = jax.value_and_grad(lambda z, fn=fused: fn(only_bias(z), only_bias(other), 1.0))(jnp.asarray(one))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, wanted)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_items_are_independent_and_sequences_and_a_batch_of_1_work(name):
     whole = ALL[name](S, T)
     other = ALL[name](np.concatenate([[S[1] + 3], S[1:]]), np.concatenate([[T[2]], T[1:]]))
@@ -220,6 +250,11 @@ def test_low_precision_is_computed_in_float32():
     [
         (lambda: distill.kd(S, T, 0.0), "the distillation temperature is 0.0; expected a number above 0"),
         (lambda: distill.tvd(S, T, float("nan")), "the distillation temperature is nan"),
+        (lambda: distill.kd(S, T, np.float32(-1)), "temperature is -1.0"),
+        (lambda: distill.kd(S, T, jnp.float32(0)), "temperature is 0.0"),
+        (lambda: distill.reverse_kl(S, T, np.array(np.nan)), "temperature is nan"),
+        (lambda: distill.jsd(S, T, np.float32(1.5)), "beta is 1.5"),
+        (lambda: distill.skew_reverse_kl(S, T[:1]), r"skew_reverse_kl: the student's array is \[6, 5\] and"),
         (lambda: distill.kd(S, T[:1]), r"kd: the student's array is \[6, 5\] and the teacher's \[1, 5\]"),
         (lambda: distill.jsd(S, T, 1.5), r"jsd: beta is 1.5; expected a number in \[0, 1\]"),
         (lambda: distill.skew_kl(S, T, 1.0), r"skew_kl: alpha is 1.0; expected a number in \[0, 1\)"),

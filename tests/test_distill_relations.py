@@ -141,6 +141,35 @@ def test_what_each_relation_does_not_see():
     np.testing.assert_allclose(distill.dist(LOGITS[0] + 7, LOGITS[0]), 0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in PAIRS if not name.startswith("dist")])
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_scale_of_features_is_no_matter(name, scale):
+    fn, reference, (s, t), kw = PAIRS[name]
+    slope = lambda a, b: jax.grad(lambda x: fn(x, b, **kw))(jnp.asarray(a))
+    np.testing.assert_allclose(fn(np.float32(scale) * s, np.float32(scale) * t, **kw), reference(s, t, **kw), rtol=5e-5)
+    small, usual = slope(np.float32(scale) * s, np.float32(scale) * t), slope(s, t)
+    np.testing.assert_allclose(scale * small, usual, rtol=1e-3, atol=1e-4 * np.abs(usual).max())
+
+
+def test_dist_leaves_out_what_varies_in_neither_network():
+    """One example has no columns, saturated outputs have few; a class or an item that varies in one network alone has r = 0."""
+    s, t = LOGITS
+    for x in (s[:1], 1e4 * s, np.zeros_like(s), np.zeros((300, 1000), np.float32)):
+        np.testing.assert_allclose(distill.dist(x, x), 0, atol=1e-5)
+    rows = 1 - np.corrcoef(*(softmax(x[0].astype(np.float64)) for x in (s, t)))[0, 1]
+    np.testing.assert_allclose(distill.dist(s[:1], t[:1]), rows, rtol=5e-5)
+    np.testing.assert_allclose(distill.dist(s, np.zeros_like(t)), 2.0, rtol=1e-5)
+    never = [np.concatenate([x, np.full((B, 3), -np.inf, np.float32)], 1) for x in (s, t)]
+    columns = [softmax(x.astype(np.float64), -1).T for x in never]
+    want = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(*columns) if a.any()])
+    np.testing.assert_allclose(distill.dist(*never, beta=0.0), want, rtol=5e-5)
+
+
+def test_numbers_may_be_traced():
+    traced = jax.jit(lambda x, y: (distill.rkd(S, T, x, y), distill.correlation(S, T, x / 25)))(25.0, 50.0)
+    np.testing.assert_allclose(traced, (rkd(S, T), correlation(S, T, 1.0)), rtol=5e-5)
+
+
 def test_maps_are_pooled_and_tokens_are_items():
     large = RNG.normal(size=(B, 4, 4, 3)).astype(np.float32)
     small = large.reshape(B, 2, 2, 2, 2, 3).mean((2, 4))
@@ -159,6 +188,8 @@ def test_maps_are_pooled_and_tokens_are_items():
         (lambda: distill.correlation(S, T, gamma=0.0), "gamma is 0.0"),
         (lambda: distill.dist(*LOGITS, temperature=-1.0), "temperature is -1.0"),
         (lambda: distill.dist(LOGITS[0], LOGITS[1][:1]), r"dist: the student's array is \[6, 5\] and the teacher's \[1, 5\]"),
+        (lambda: losses.on_logits(distill.kd, per_device=True), "kd sees items one by one, and per_device is for losses that"),
+        (lambda: train("dist", SPLIT, steps=1, per_device=True), "per_device=True, and here the compiler splits the batch"),
         (lambda: problem("similarity", accumulate=2), "relates examples: 2 microbatches would change its value"),
     ],
 )
@@ -193,13 +224,21 @@ def train(name, place, steps=2, **kw):
     return begun, jax.device_get(state.params), history
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TERMS)
-def test_eight_devices_relate_the_global_batch(name):
+MANUAL, SPLIT = ("data=8", "replicated"), ("data=2,fsdp=2,tensor=2", "partitioned")
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("similarity", (MANUAL, SPLIT)),
+        pytest.param("rkd", (MANUAL, ("data=8", "pmap")), marks=pytest.mark.slow),
+        pytest.param("dist", (MANUAL, SPLIT), marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_relate_the_global_batch(name, places):
     """Under SGD, with whole shards of padding; Adam would hide a wrong factor of the gradient."""
     begun, wanted, history = train(name, ("data=1", "partitioned"))
     assert np.abs(begun["model"]["head"]["kernel"] - wanted["model"]["head"]["kernel"]).max() > 1e-3
-    places = [("data=8", "replicated"), ("data=8", "pmap")] if name == "rkd" else [("data=8", "replicated")]
     for place in places:
         _, found, seen = train(name, place)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), (found, seen), (wanted, history))

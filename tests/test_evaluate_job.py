@@ -174,14 +174,14 @@ def test_damage_is_named(workdir, refused, tmp_path):
     assert "config.json is not readable as JSON" in refused(f"--model={copy}")
 
 
-def test_a_model_of_the_users_own_is_evaluated_by_its_export(workdir, refused, tmp_path):
+def test_a_model_of_the_users_own_needs_its_config_file(workdir, refused, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     record = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**record, "model": "mine_config:linear"}))
     said = refused(f"--model={copy}")
     assert "cannot be built: it does not say what the model is" in said
-    assert "evaluate its export instead" in said
+    assert "give its config file again, --config=<file.py> with the flags of the training, or evaluate its export" in said
     (copy / "config.json").write_text(json.dumps({**record, "data": {**record["data"], "source": "mine_config:examples"}}))
     assert "came from a function, mine_config:examples, which evaluate cannot call; give a source by name" in refused(
         f"--model={copy}"

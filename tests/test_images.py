@@ -237,7 +237,7 @@ def test_bad_parquet_gets_one_line(tmp_path, columns, settings, message):
 
 
 def test_bad_folders_get_one_line(tmp_path):
-    with pytest.raises(ValueError, match="no folder or file ''; expected images:<folder>"):
+    with pytest.raises(ValueError, match=r"images: of no path; give --config.data.source=images:<file.parquet or folder>"):
         data.load("images")
     with pytest.raises(ValueError, match=r"no folder or file '.*gone'"):
         data.load(f"images:{tmp_path / 'gone'}")

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from bmjax import parallel, prune, trees
-from bmjax.parallel import collectives
+from bmjax.parallel import collectives, launch
 
 
 @pytest.mark.parametrize(
@@ -276,6 +276,7 @@ def test_moments_on_one_device():
 
 @pytest.mark.parametrize(("devices", "words"), [(-1, "devices is -1; expected 0"), (3, "already started with 8 devices")])
 def test_devices_that_cannot_be_simulated(devices, words, monkeypatch):
+    jax.devices()  # JAX has started
     monkeypatch.delenv("JAX_NUM_CPU_DEVICES")
     with pytest.raises(ValueError, match=words):
         parallel.simulate(devices)
@@ -286,6 +287,35 @@ def test_simulating_what_is_there_changes_nothing(monkeypatch):
     parallel.simulate(8)
     parallel.simulate(2)  # the environment says 8, and wins
     assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("localhost:8476", 2, 2), "process is 2 and there are 2 processes; expected 0 to 1"),
+        (("localhost:8476", 2, -1), "process is -1 and there are 2 processes"),
+        (("", 2, 1), "processes is 2 and coordinator is empty; give the host:port"),
+        (("localhost:8476", 1, 0), "processes is 1; say how many"),
+        (("", 0, 0), "processes is 0; expected 1"),
+        (("localhost", 2, 0), "coordinator is 'localhost'; expected host:port"),
+        (("localhost:99999", 2, 0), "expected host:port"),
+        (("localhost:1", 2, 1), "process 1 finds no process 0 at localhost:1 within 0 seconds"),
+    ],
+)
+def test_processes_that_cannot_join(given, words, monkeypatch):
+    monkeypatch.setattr(launch, "_CONNECT", 0)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it began"))
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        parallel.join(*given)
+    assert "\n" not in str(error.value)
+
+
+def test_joining_alone_changes_nothing_and_joining_late_is_refused():
+    parallel.join()
+    jax.devices()  # JAX has started
+    with pytest.raises(ValueError, match=r"process 0 of 2 cannot join localhost:8476: .*must be called before any JAX calls"):
+        parallel.join("localhost:8476", 2, 0)
+    assert jax.process_count() == 1
 
 
 def test_a_fresh_process_can_simulate_any_number():

@@ -131,6 +131,46 @@ def test_a_shard_that_was_damaged_before_the_end_is_written_again(made, tmp_path
     assert content(tmp_path) == content(folder)
 
 
+@pytest.mark.parametrize("again", ["one process", "two processes", "killed"])
+def test_a_finished_cache_that_was_damaged_is_mended_with_other_bytes(made, tmp_path, again):
+    """As other devices write them: the manifest is renewed, and a command that dies on the way leaves no old one."""
+    dataset, _, plan, folder = made
+    flip(copied(folder, tmp_path) / plan.name(1), -1000)
+    flip(tmp_path / plan.name(2), -1000)
+
+    def others(first, last):
+        if again == "killed" and first // plan.rows == 2:
+            raise KeyboardInterrupt
+        yield from (rows ^ 1 for rows in numbers(plan)(first, last))
+
+    ids = dataset.train.id
+    if again == "killed":
+        with pytest.raises(KeyboardInterrupt):
+            data.write_cache(tmp_path, plan, ids, others)
+        with pytest.raises(ValueError, match="not finished: 4 of 4 shards"):
+            data.open_cache(tmp_path)
+        data.write_cache(tmp_path, plan, ids, lambda first, last: (rows ^ 1 for rows in numbers(plan)(first, last)))
+    elif again == "two processes":
+        assert all(data.write_cache(tmp_path, plan, ids, others, index, 2) for index in range(2))
+    else:
+        assert data.write_cache(tmp_path, plan, ids, others)
+    found = data.open_cache(tmp_path).beside(dataset.train).take(np.arange(plan.examples))[BATCH_KEY]
+    want = np.concatenate(list(numbers(plan)(0, plan.examples)))
+    want[plan.rows : 3 * plan.rows] ^= 1
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("damaged", ["manifest.json", "the shard's own description"])
+def test_a_damaged_manifest_or_footer_is_mended_by_writing_again(made, tmp_path, damaged):
+    dataset, _, plan, folder = made
+    copied(folder, tmp_path)
+    flip(tmp_path / ("manifest.json" if damaged == "manifest.json" else plan.name(1)), 20 if damaged == "manifest.json" else -12)
+    with pytest.raises(ValueError, match=r"is not of this cache's|was altered"):
+        data.open_cache(tmp_path)
+    assert data.write_cache(tmp_path, plan, dataset.train.id, numbers(plan))
+    data.open_cache(tmp_path).beside(dataset.train).take(np.arange(plan.examples))
+
+
 def flip(path, place):
     raw = bytearray(path.read_bytes())
     raw[place] ^= 1
@@ -431,17 +471,22 @@ def test_the_command_line(classifier, tmp_path, capsys):
     error = capsys.readouterr().err.strip().splitlines()
     assert len(error) == 1
     assert "the k of the cache" in error[0]
+    for given, message in (("processes=2", "coordinator is empty"), ("process=1", "process is 1 and there are 1 processes")):
+        with pytest.raises(SystemExit) as ended:
+            line(f"--config.teacher={folder / 'teacher'}", f"--config.{given}", f"--workdir={tmp_path / 'other'}")
+        assert ended.value.code == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        assert message in error[0]
 
 
 WRITER = """
-import pathlib, sys, jax
-jax.distributed.initialize(sys.argv[3], 2, int(sys.argv[4]))
-from bmjax import config, data
+import sys
+from bmjax import config
 from bmjax.data import teacher_plan
-from bmjax.jobs import cache
-teacher_plan.MAX_ROWS = 128
-settings = cache.Config(teacher=sys.argv[1], data=data.Data(source="digits", batch=64))
-cache.cache(config.freeze(settings), pathlib.Path(sys.argv[2]), "")
+from experiments import cache_teacher
+teacher_plan.MAX_ROWS = 128  # several shards of a small split
+config.launch(cache_teacher.main, presets=cache_teacher.PRESETS, default="article", about="", argv=sys.argv)
 """
 
 
@@ -451,8 +496,8 @@ def test_digits_by_two_processes_from_the_command_line(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
-    launch = lambda *line: subprocess.Popen([sys.executable, *line], env=environment)
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "NPROC")}
+    launch = lambda *line, **how: subprocess.Popen([sys.executable, *line], env=environment, **how)
     train = lambda workdir, *more: launch(
         "-m",
         "experiments.train",
@@ -462,16 +507,24 @@ def test_digits_by_two_processes_from_the_command_line(tmp_path):
         *more,
     )
     assert train("teacher").wait() == 0
-    writers = [launch("-c", WRITER, str(tmp_path / "teacher"), str(tmp_path / "cache"), address, str(i)) for i in range(2)]
-    assert [writer.wait() for writer in writers] == [0, 0]
+    teacher = ("--config.data.batch=64", "--config.devices=1", f"--config.teacher={tmp_path / 'teacher'}")
+    several = (f"--config.coordinator={address}", "--config.processes=2", f"--workdir={tmp_path / 'cache'}")
+    line = lambda i: ("-c", WRITER, *teacher, *several, f"--config.process={i}")
+    writers = [launch(*line(i), stderr=subprocess.PIPE, text=True) for i in range(2)]
+    told = [writer.communicate()[1] for writer in writers]
+    assert [writer.returncode for writer in writers] == [0, 0], told
+    for i in range(2):  # each its own
+        assert re.findall(r"examples (\d+) to", told[i]) == [str(128 * shard) for shard in range(i, 8, 2)]
     assert len([*(tmp_path / "cache").glob("*.parquet")]) == 8
-    alone = launch(
-        *("-m", "experiments.cache_teacher", "--config.data.batch=64", "--config.devices=1"),
-        *(f"--config.teacher={tmp_path / 'teacher'}", f"--workdir={tmp_path / 'alone'}"),
-    )
+    alone = launch("-m", "experiments.cache_teacher", *teacher, f"--workdir={tmp_path / 'alone'}")
     assert alone.wait() == 0
     rows = [data.open_cache(tmp_path / name).records.take(np.arange(898)) for name in ("cache", "alone")]
     np.testing.assert_array_equal(*rows)
-    assert train("student", f"--config.teacher.cached={tmp_path / 'cache'}", "--config.model.hidden=64").wait() == 0
-    results = json.loads((tmp_path / "student" / "results.json").read_text())
-    assert results["models"][-1]["metrics"]["accuracy"] > 0.8
+    found = []
+    for name, chunked in (("student", False), ("chunked", True)):
+        more = (f"--config.teacher.distill.chunked={chunked}", f"--config.task.chunked={chunked}", "--config.model.hidden=64")
+        assert train(name, f"--config.teacher.cached={tmp_path / 'cache'}", *more).wait() == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["models"][-1]["metrics"]["accuracy"] > 0.8
+        found.append(losses_of(tmp_path / name))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-2)

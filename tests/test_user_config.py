@@ -9,7 +9,7 @@ import pytest
 from bmjax import config as configs
 from bmjax import prune
 from bmjax.train import log as logs
-from experiments import train
+from experiments import evaluate, train
 
 HELPER = """
 from bmjax.types import Mean
@@ -113,6 +113,50 @@ def test_her_functions_take_part_and_her_edits_are_noticed(folder, capsys):
     said = refusal(folder, capsys)
     assert "holds a run with another version of helper_of_mine.py, which was edited since (its SHA-256 differs)" in said
     assert "restore the file, or choose another --workdir" in said
+
+
+def scored(*arguments):
+    argv = ["evaluate", *arguments]
+    configs.launch_settings(
+        evaluate.main, settings=evaluate.defaults, by="model", forwards="config", about=evaluate.__doc__, argv=argv
+    )
+
+
+def test_with_her_file_again_a_checkpoint_is_evaluated(folder, capsys):
+    """Her model, her view and one that reads the optimiser's state, her data: the figures are those of the training."""
+    moved = "def moved(params, opt_state, step):\n    trace = optax.tree_utils.tree_get(opt_state, 'trace')['kernel']\n"
+    mine = MINE.replace("def get_config", moved + "    return {**params, 'kernel': params['kernel'] + trace}\n\n\ndef get_config")
+    mine = mine.replace("views=[halved]", "views=[halved, moved], prune=prune.Sparsity(0.5, 'straight_through', interval=1)")
+    (folder / "mine.py").write_text(mine.replace("optax.sgd(0.1)", "optax.sgd(0.1, momentum=0.9)"))
+    longer, run = "--config.run.steps=6", folder / "run"
+    launch(folder, longer)
+    (model,) = json.loads((run / "results.json").read_text())["models"]
+    file = f"--config={folder / 'mine.py'}"
+    scored(f"--model={run}", file, longer)
+    found = json.loads((run / "evaluation_checkpoint.json").read_text())
+    assert found["step"] == 6
+    assert found["metrics"]["nll"] == pytest.approx(model["metrics"]["nll"], rel=1e-5)
+    assert found["metrics"]["confusion"] == model["metrics"]["confusion"]
+    scored(f"--model={run / 'export'}", file, longer)  # of an export her file has the data
+    assert json.loads((run / "evaluation.json").read_text())["metrics"]["nll"] == pytest.approx(model["metrics"]["nll"], rel=1e-5)
+
+    def said(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            scored(*arguments)
+        assert end.value.code == 2
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1
+        return err
+
+    assert "which evaluate cannot call; give a source by name" in said(f"--model={run}")
+    assert "holds a run of another config (field run.steps: 6 there, 4 here); give the config file and the flags" in said(
+        f"--model={run}", file
+    )
+    assert "was made with another config than --config gives" in said(f"--model={run / 'export'}", file)
+    assert f"{longer} is of a training; give its config file too" in said(f"--model={run}", longer)
+    (folder / "helper_of_mine.py").write_text(HELPER + "# a word\n")
+    assert "a run with another version of helper_of_mine.py, which was edited since" in said(f"--model={run}", file, longer)
 
 
 def test_data_that_change_between_two_runs_of_a_workdir_are_refused(folder, capsys):

@@ -11,7 +11,7 @@ dataclass by name: `--config.model=Residual --config.model.layers=2`.
 
 from bmjax.config.commandline import command, from_arguments, launch, launch_settings
 from bmjax.config.load import load
-from bmjax.config.record import check_workdir, fingerprint, from_dict, read_resolved, to_dict, write_resolved
+from bmjax.config.record import check_workdir, difference, fingerprint, from_dict, read_resolved, to_dict, write_resolved
 from bmjax.config.schema import above, at_least, elsewhere, field, freeze, groups, leaves, nearest, recorded, validate, within
 from bmjax.config.tracebacks import misfit
 
@@ -20,6 +20,7 @@ __all__ = [
     "at_least",
     "check_workdir",
     "command",
+    "difference",
     "elsewhere",
     "field",
     "fingerprint",

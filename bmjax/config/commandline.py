@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging as python_logging
 import pathlib
 import shlex
 import sys
@@ -167,6 +168,7 @@ def _guarded(
     flags.FLAGS(arguments[:1])  # absl's own flags keep their defaults; its logging warns until they are parsed
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
+    python_logging.getLogger("jax").setLevel(python_logging.WARNING)  # else it tells of every backend that is not there
     debug = False
     try:
         chosen = flagged.parse(arguments, common, known_only=True)

@@ -98,23 +98,33 @@ def check_workdir(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib
         raise ValueError(f"workdir {workdir} cannot be written to; choose another --workdir")
     if there is None:
         return path
-    here, advice = to_dict(config), "choose another --workdir or delete it"
-    before, now = there.get("code"), here.get("code")
-    if before and now and before != now:
-        edited = next(name for name in [*now, *before] if before.get(name) != now.get(name))
-        raise ValueError(
-            f"workdir {workdir} holds a run with another version of {edited}, which was edited since (its SHA-256 differs); "
-            f"restore the file, or {advice}"
-        )
-    known = there.pop(DATA, "")
-    if difference := _first_difference(there, here):
-        raise ValueError(f"workdir {workdir} holds a run of another config ({difference}); {advice}")
+    known, advice = there.get(DATA, ""), "choose another --workdir or delete it"
+    if found := difference(there, config):
+        advice = f"restore the file, or {advice}" if found.startswith("with") else advice
+        raise ValueError(f"workdir {workdir} holds a run {found}; {advice}")
     if data and known and data != known:
         raise ValueError(
             f"workdir {workdir} holds a run on other data: the fingerprint is {known[:12]} there, {data[:12]} here; "
             f"restore the data, or {advice}"
         )
     return path
+
+
+def difference(there: Mapping[str, Any], config: Any) -> str:
+    """What is said of a run whose record is not this config's: "with another version of <file>, ..." where the config file or
+    what it imports was edited since, "of another config (<first field>)", or "" where it is.
+
+    Args:
+        there: of `read_resolved`.
+        config: a config, whose `code` is compared where both have one.
+    """
+    here = to_dict(config)
+    before, now = there.get("code"), here.get("code")
+    if before and now and before != now:
+        edited = next(name for name in [*now, *before] if before.get(name) != now.get(name))
+        return f"with another version of {edited}, which was edited since (its SHA-256 differs)"
+    known = {key: value for key, value in there.items() if key != DATA}
+    return f"of another config ({found})" if (found := _first_difference(known, here)) else ""
 
 
 def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:

@@ -26,7 +26,9 @@ def load(argument: str, data: Data) -> Dataset:
             (and `data.on_error` is "raise"), differ in shape (and `data.size` is 0) or would take more than `decode.MAX_BYTES`.
     """
     name, path = f"images:{argument}", pathlib.Path(argument).expanduser()
-    if not argument or not path.exists():
+    if not argument:
+        raise ValueError("data.source is images: of no path; give --config.data.source=images:<file.parquet or folder>")
+    if not path.exists():
         raise ValueError(f"there is no folder or file {argument!r}; expected images:<folder> or images:<file.parquet>")
     files = listing.parquet_files(path)
     found = listing.of_parquet(name, files, data.column, data.label) if files else listing.of_folder(name, path)

@@ -125,7 +125,7 @@ def open_cache(folder: str | os.PathLike[str]) -> TeacherCache:
     except (KeyError, TypeError, ValueError):
         same = False
     if not same:
-        raise ValueError(f"{folder / manifest.NAME} is not of this cache's {PLAN}; {_AGAIN}, after removing it")
+        raise ValueError(f"{folder / manifest.NAME} is not of this cache's {PLAN}; {_AGAIN}")
     return TeacherCache(folder, plan, Records(folder, plan, offsets, files if large else {}))
 
 

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,8 @@ def write(
             raise ValueError(
                 f"the records of shard {shard} are {found.dtype} {list(found.shape)}; expected int32 {list(expected)}"
             )
+        # Gone before the shard is new: other devices round otherwise, so that its bytes may be others than those listed.
+        (folder / manifest.NAME).unlink(missing_ok=True)
         _write_shard(path, ids[first:last], found.reshape(last - first, -1))
     return _finish(folder, plan)
 
@@ -143,14 +146,30 @@ def _inside(path: pathlib.Path, rows: int, row_bytes: int) -> tuple[int, np.ndar
 
 
 def _finish(folder: pathlib.Path, plan: CachePlan) -> bool:
-    """Writes the manifest if all shards are there; returns whether they are."""
+    """Writes the manifest if all shards are there and it is not right already; returns whether they are.
+
+    A manifest that lists other bytes was damaged itself, or is one that another process wrote before this one wrote its shards.
+    """
     if not all((folder / plan.name(shard)).is_file() for shard in range(plan.shards)):
         return False
-    if not (folder / manifest.NAME).is_file():
-        offsets = []
-        for shard in range(plan.shards):
-            first, last = plan.bounds(shard)
+    import pyarrow
+
+    offsets = []
+    for shard in range(plan.shards):
+        first, last = plan.bounds(shard)
+        try:
             offsets.append(_inside(folder / plan.name(shard), last - first, plan.row_bytes)[0])
-        names = [PLAN, *map(plan.name, range(plan.shards))]
-        manifest.write(folder, {"plan": plan.to_json(), "offsets": offsets}, names)
+        except (pyarrow.ArrowException, OSError, ValueError):
+            return False  # damaged, and another process's, which is still to write it again
+    about = {"plan": plan.to_json(), "offsets": offsets}
+    if not _listed(folder, about):
+        manifest.write(folder, about, [PLAN, *map(plan.name, range(plan.shards))])
     return True
+
+
+def _listed(folder: pathlib.Path, about: dict[str, Any]) -> bool:
+    """Whether there is a manifest that says this, and all files are as it lists them."""
+    try:
+        return manifest.verify(folder) == json.loads(json.dumps(about))
+    except ValueError:
+        return False

@@ -12,6 +12,7 @@ from bmjax.distill.cached import cached_kd as cached_kd
 from bmjax.distill.cached import cached_soft_cross_entropy as cached_soft_cross_entropy
 from bmjax.distill.cached import coarse as coarse
 from bmjax.distill.cached import on_top_k as on_top_k
+from bmjax.distill.cached import on_top_k_head as on_top_k_head
 from bmjax.distill.cached_objective import cached_terms as cached_terms
 from bmjax.distill.consistency import consistency as consistency
 from bmjax.distill.contrast import crd as crd
@@ -50,7 +51,9 @@ from bmjax.distill.review import review_kd as review_kd
 from bmjax.distill.rollout import Rollouts as Rollouts
 from bmjax.distill.rollout import off_policy as off_policy
 from bmjax.distill.rollout import on_policy as on_policy
+from bmjax.distill.teachers import confident as confident
 from bmjax.distill.teachers import ensemble as ensemble
+from bmjax.distill.teachers import right as right
 from bmjax.distill.transformers import attention_relation as attention_relation
 from bmjax.distill.transformers import attention_scores as attention_scores
 from bmjax.distill.transformers import hidden_states as hidden_states

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bmjax.distill.numerics import known
 from bmjax.distill.shapes import check_same, same_size
 
 
@@ -24,7 +25,8 @@ def activation_boundary(s: jax.Array, t: jax.Array, margin: float = 1.0) -> jax.
     Raises:
         ValueError: shapes that differ, a margin that is not above 0.
     """
-    if not margin > 0:
+    margin = known(margin)
+    if isinstance(margin, int | float) and not margin > 0:
         raise ValueError(f"activation_boundary: margin is {margin}; expected a number above 0")
     s, t = same_size("activation_boundary", s, t)
     check_same("activation_boundary", s, t)

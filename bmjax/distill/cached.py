@@ -7,6 +7,8 @@ classes, a student that puts all its mass elsewhere has no loss.)
 
 What becomes of the bucket at a temperature depends on every class in it, so the teacher's side must have been made at the
 temperature of the loss: `data.RecordLayout.pack` stores a tail for each of several temperatures.
+
+For vocabularies whose logits do not fit, `HEAD_LOSSES` has the same losses on the student's head: see `on_top_k_head`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from bmjax.distill.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from bmjax.distill.logits import kd, soft_cross_entropy
 from bmjax.distill.numerics import check_temperature, squared
+from bmjax.losses import Chunks, head_coarse
 
 
 def coarse(s: jax.Array, indices: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -100,17 +103,60 @@ def on_top_k(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         t_squared: bool = True,
         **kw: float,
     ) -> jax.Array:
-        if log_probs.shape != indices.shape or tail.shape != indices.shape[:-1]:
-            raise ValueError(
-                f"the teacher's log-probabilities are {list(log_probs.shape)} and its tail {list(tail.shape)} for classes "
-                f"{list(indices.shape)}; expected {list(indices.shape)} and {list(indices.shape[:-1])}"
-            )
-        teacher = jnp.concatenate([log_probs, tail[..., None]], axis=-1)
-        values = fn(coarse(s, indices, temperature), teacher, temperature=1.0, **kw)
-        return values if fn is tvd else squared(values, temperature, t_squared)
+        teacher = _teacher(indices, log_probs, tail)
+        return _compared(fn, coarse(s, indices, temperature), teacher, temperature, t_squared, kw)
 
     del loss.__wrapped__  # its arguments are other ones
     return loss
+
+
+def on_top_k_head(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`on_top_k` for a student's head: the same values with the same gradients, and the student's logits never exist as a whole.
+
+    Args:
+        fn: as for `on_top_k`; adding a constant to an item's logits must not change its value, as with every function of their
+            softmax.
+
+    Returns:
+        (head, indices, log_probs, tail, temperature=1.0, t_squared=True, chunks=Chunks(), **kw) -> values [...], with head =
+        (hidden [..., D], kernel [D, V], bias [V] or None) as in `Outputs.head`, and the rest as for `cached_kd`.
+    """
+
+    @functools.wraps(fn)
+    def loss(
+        head: tuple[jax.Array, jax.Array, jax.Array | None],
+        indices: jax.Array,
+        log_probs: jax.Array,
+        tail: jax.Array,
+        temperature: float = 1.0,
+        t_squared: bool = True,
+        chunks: Chunks = Chunks(),  # noqa: B008  # a tuple of numbers
+        **kw: float,
+    ) -> jax.Array:
+        check_temperature(temperature)
+        teacher = _teacher(indices, log_probs, tail)
+        return _compared(fn, head_coarse(head, indices, temperature, chunks), teacher, temperature, t_squared, kw)
+
+    del loss.__wrapped__
+    return loss
+
+
+def _teacher(indices: jax.Array, log_probs: jax.Array, tail: jax.Array) -> jax.Array:
+    """[..., k + 1]: the teacher's coarse log-probabilities. Raises ValueError on shapes that do not go together."""
+    if log_probs.shape != indices.shape or tail.shape != indices.shape[:-1]:
+        raise ValueError(
+            f"the teacher's log-probabilities are {list(log_probs.shape)} and its tail {list(tail.shape)} for classes "
+            f"{list(indices.shape)}; expected {list(indices.shape)} and {list(indices.shape[:-1])}"
+        )
+    return jnp.concatenate([log_probs, tail[..., None]], axis=-1)
+
+
+def _compared(
+    fn: Callable[..., jax.Array], s: jax.Array, t: jax.Array, temperature: float, t_squared: bool, kw: dict[str, float]
+) -> jax.Array:
+    """The loss of two coarse distributions, both softened already."""
+    values = fn(s, t, temperature=1.0, **kw)
+    return values if fn is tvd else squared(values, temperature, t_squared)
 
 
 def cached_kd(
@@ -160,8 +206,10 @@ def cached_soft_cross_entropy(
 
 
 _KD, _SOFT = on_top_k(kd), on_top_k(soft_cross_entropy)
+_OTHERS = (reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)
 LOSSES = {
     "kd": cached_kd,
     "soft_cross_entropy": cached_soft_cross_entropy,
-    **{fn.__name__: on_top_k(fn) for fn in (reverse_kl, jsd, skew_kl, skew_reverse_kl, tvd)},
+    **{fn.__name__: on_top_k(fn) for fn in _OTHERS},
 }
+HEAD_LOSSES = {fn.__name__: on_top_k_head(fn) for fn in (kd, soft_cross_entropy, *_OTHERS)}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from bmjax.data import RecordLayout
-from bmjax.distill.cached import LOSSES
+from bmjax.distill.cached import HEAD_LOSSES, LOSSES
 from bmjax.distill.objective import Distill
-from bmjax.losses import Schedule, on_cached
+from bmjax.losses import Schedule, on_cached, on_cached_head
 from bmjax.types import LossTerm
 
 
@@ -21,7 +21,8 @@ def cached_terms(
         steps: of the run.
 
     Raises:
-        ValueError: the objective needs what no cache holds: features, all logits, or a temperature whose tail is not stored.
+        ValueError: the objective needs what no cache holds: features, all logits, fewer classes than were cached, or a
+            temperature whose tail is not stored.
     """
     terms = settings.terms(task, steps)
     if "hint" in terms:
@@ -35,5 +36,11 @@ def cached_terms(
     if settings.temperature_end is not None:
         raise ValueError("temperature_end changes the temperature at every step, and a cache holds a few; leave it out")
     weight = terms[settings.loss][0]
-    term = on_cached(LOSSES[settings.loss], layout, temperature=settings.temperature)
+    if settings.vocabulary not in (None, layout.vocabulary):
+        raise ValueError(
+            f"distill.vocabulary is {settings.vocabulary} and the cached outputs are of {layout.vocabulary} classes, which "
+            "cannot be taken apart again; leave it out"
+        )
+    maker, fn = (on_cached_head, HEAD_LOSSES[settings.loss]) if settings.chunked else (on_cached, LOSSES[settings.loss])
+    term = maker(fn, layout, temperature=settings.temperature)
     return {**terms, settings.loss: (weight, term)}

@@ -6,7 +6,6 @@ embeddings of the whole data set, which it remembers in a bank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from bmjax.distill.numerics import check_temperature
 from bmjax.distill.shapes import unit
+from bmjax.losses import Schedule, schedules
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
 
 Pair = tuple[jax.Array, jax.Array]
@@ -121,7 +121,7 @@ def crd_term(
     width: int = 128,
     temperature: float = 0.07,
     momentum: float = 0.5,
-    weight: float = 1.0,
+    weight: float | Schedule = 1.0,
 ) -> Term:
     """The term of `crd` against a memory bank of both networks' embeddings of every example.
 
@@ -137,7 +137,7 @@ def crd_term(
         negatives: N, drawn with replacement; an anchor leaves its own rows out. The paper has 16384, for 50,000 examples.
         width, temperature: of the embeddings, and of `crd`.
         momentum: m, in [0, 1).
-        weight: multiplies the loss.
+        weight: multiplies the loss; an optax schedule follows the step.
 
     Raises:
         ValueError: a number out of its range; at init: no teacher; when traced: no batch["id"].
@@ -147,8 +147,7 @@ def crd_term(
         raise ValueError(f"crd: {negatives} negatives of {examples} examples; expected 1 or more, of 2 or more")
     if not 0 <= momentum < 1:
         raise ValueError(f"crd: the bank's momentum is {momentum}; expected a number in [0, 1)")
-    if not math.isfinite(weight):
-        raise ValueError(f"the weight of crd is {weight}; expected a finite number")
+    schedules.check("the weight of crd", weight)
     begin = crd_embedding(width)
 
     def init(key: jax.Array, student: Outputs, teacher: Outputs | None) -> tuple[Params, Any]:
@@ -171,9 +170,10 @@ def crd_term(
         counted = weights.reshape(len(weights), -1).sum(axis=1) > 0
         *fresh, ids, counted = ctx.all_gather((*jax.lax.stop_gradient(pair), ids, counted))
         bank = {name: _remember(ctx.state[name], new, ids, counted, momentum) for name, new in zip(("student", "teacher"), fresh)}
-        return Mean.of(weight * values, weights), bank
+        return Mean.of(schedules.at(weight, ctx.step) * values, weights), bank
 
-    return Term(init, apply, (student_feature,), (teacher_feature,), relates_examples=True)
+    follows = {"weight": weight} if callable(weight) else {}
+    return Term(init, apply, (student_feature,), (teacher_feature,), relates_examples=True, schedules=follows)
 
 
 def _over_positions(x: jax.Array, weights: jax.Array) -> jax.Array:

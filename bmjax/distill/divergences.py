@@ -9,9 +9,17 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.distill.logits import kd
-from bmjax.distill.numerics import check_pair, check_share, check_temperature, log_probabilities, relative_entropy, squared
+from bmjax.distill.numerics import (
+    RULED_OUT,
+    check_pair,
+    check_share,
+    check_temperature,
+    known,
+    log_probabilities,
+    relative_entropy,
+    squared,
+)
 
-_FLOOR = -200.0  # of a log-probability in a mixture: exp of it is 0, and differences of two are finite
 _SERIES = 0.02  # below it exp(d) - 1 - d loses digits
 
 
@@ -24,7 +32,8 @@ def reverse_kl(s: jax.Array, t: jax.Array, temperature: float = 1.0, t_squared: 
         t_squared: False leaves the factor T^2 out.
 
     Returns:
-        [...] float32, 0 or more; 0 at s = t; infinite where the student holds possible what the teacher rules out by -inf.
+        [...] float32, 0 or more; 0 at s = t. A class that the teacher alone rules out by -inf counts with a log-probability of
+        -200, so that value and gradient stay finite: the gradient takes the student's mass from it.
 
     Raises:
         ValueError: shapes that differ, a temperature that is not above 0 or not finite.
@@ -53,6 +62,7 @@ def jsd(s: jax.Array, t: jax.Array, beta: float = 0.5, temperature: float = 1.0,
     Raises:
         ValueError: as for `reverse_kl`, and beta outside [0, 1].
     """
+    beta = known(beta)
     check_share("jsd", "beta", beta)
     if isinstance(beta, int | float) and beta in (0, 1):
         return (reverse_kl if beta else kd)(s, t, temperature, t_squared)
@@ -68,6 +78,7 @@ def skew_kl(s: jax.Array, t: jax.Array, alpha: float = 0.1, temperature: float =
 
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the forward KL. The usual weight is 1.
     """
+    alpha = known(alpha)
     check_share("skew_kl", "alpha", alpha, open_high=True)
     if isinstance(alpha, int | float) and alpha == 0:
         return kd(s, t, temperature, t_squared)
@@ -81,6 +92,8 @@ def skew_reverse_kl(
 
     Arguments, shapes and errors as for `jsd`, with alpha in [0, 1); 0 is the reverse KL. The usual weight is 1.
     """
+    check_pair("skew_reverse_kl", s, t)  # before they change places
+    alpha = known(alpha)
     check_share("skew_reverse_kl", "alpha", alpha, open_high=True)
     if isinstance(alpha, int | float) and alpha == 0:
         return reverse_kl(s, t, temperature, t_squared)
@@ -125,7 +138,7 @@ def mixture_summand(log_a: jax.Array, log_b: jax.Array, share: float) -> jax.Arr
 
     With d = log(m / a) it is a (exp(d) - 1 - d), which is 0 or more: the usual sum of a d cancels.
     """
-    log_a, log_b = jnp.maximum(log_a, _FLOOR), jnp.maximum(log_b, _FLOOR)
+    log_a, log_b = jnp.maximum(log_a, RULED_OUT), jnp.maximum(log_b, RULED_OUT)
     ratio = log_b - log_a
     of: Any = math if isinstance(share, int | float) else jnp
     log_m = jnp.logaddexp(log_a + of.log1p(-share), log_b + of.log(share))

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from bmjax.distill.numerics import (
+    RULED_OUT,
     UNDERFLOW,
+    bounded,
     check_pair,
     check_share,
     check_temperature,
@@ -23,7 +25,8 @@ from bmjax.distill.numerics import (
 def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
     """KL(teacher || student) per item of the softmaxes at a temperature. No factor T^2.
 
-    A class of teacher probability 0 contributes 0, also where the student's logit is -inf.
+    A class of teacher probability 0 contributes 0, also where the student's logit is -inf. One that the student alone rules out
+    by -inf counts with a log-probability of -200, so that the value stays finite; the gradient is q - p there too.
 
     Args:
         student_logits, teacher_logits: [..., C] float.
@@ -59,12 +62,15 @@ def _value_and_slopes(s: jax.Array, t: jax.Array, inverse: jax.Array) -> tuple[j
     low_s, low_t = (z * inverse - jnp.max(z * inverse, axis=-1, keepdims=True) for z in (s, t))
     q, p = jnp.exp(low_s), jnp.exp(low_t)
     sum_q, sum_p = q.sum(-1, keepdims=True), p.sum(-1, keepdims=True)
-    apart = jnp.where(low_t > UNDERFLOW, low_t - low_s, 0.0)
+    there = low_s > -jnp.inf
+    # What the student rules out has the log-probability low_s - log(sum_q) = RULED_OUT; the slope is q - p there too.
+    apart = jnp.where(low_t > UNDERFLOW, low_t - jnp.where(there, low_s, RULED_OUT + jnp.log(sum_q)), 0.0)
     mean = jnp.sum(p * apart, axis=-1, keepdims=True) / sum_p
     value = mean + (jnp.log(sum_q) - jnp.log(sum_p))
     q, p = q / sum_q, p / sum_p
     by_s, by_t = q - p, p * jnp.where(p > 0, apart - mean, 0.0)
-    by_inverse = jnp.sum(jnp.where(by_s != 0, by_s * s, 0.0) + jnp.where(by_t != 0, by_t * t, 0.0), axis=-1)
+    by_scale = jnp.where(there & (by_s != 0), by_s * s, 0.0) + jnp.where(by_t != 0, by_t * t, 0.0)
+    by_inverse = jnp.sum(by_scale, axis=-1)
     return value[..., 0], by_s * inverse, by_t * inverse, by_inverse
 
 
@@ -80,7 +86,7 @@ def kd(s: jax.Array, t: jax.Array, temperature: float = 4.0, t_squared: bool = T
         t_squared: False leaves the factor T^2 out.
 
     Returns:
-        [...] float32, 0 or more; 0 at s = t.
+        [...] float32, 0 or more; 0 at s = t; finite also where the student rules out a class by -inf, as in `kl_divergence`.
 
     Raises:
         ValueError: shapes that differ, a temperature that is not above 0 or not finite.
@@ -98,7 +104,7 @@ def soft_cross_entropy(s: jax.Array, t: jax.Array, temperature: float = 4.0, t_s
     check_pair("soft_cross_entropy", s, t)
     check_temperature(temperature)
     log_p, log_q = log_probabilities(t, temperature), log_probabilities(s, temperature)
-    return squared(-jnp.sum(jnp.exp(log_p) * jnp.where(log_p > UNDERFLOW, log_q, 0.0), axis=-1), temperature, t_squared)
+    return squared(-jnp.sum(jnp.exp(log_p) * jnp.where(log_p > UNDERFLOW, bounded(log_q), 0.0), axis=-1), temperature, t_squared)
 
 
 def logit_standardized_kd(s: jax.Array, t: jax.Array, temperature: float = 2.0, t_squared: bool = True) -> jax.Array:

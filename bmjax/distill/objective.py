@@ -43,22 +43,45 @@ class Distill:
     share_end: float | None = field(None, "share at the last step; none keeps it", check=within(0, 1))
     temperature_end: float | None = field(None, "temperature at the last step; none keeps it", check=above(0))
     hint_weight_end: float | None = field(None, "hint_weight at the last step; none keeps it", check=at_least(0))
-    chunked: bool = field(False, "the loss on the outputs is fused with both last layers: whole logits never exist")
+    chunked: bool = field(
+        False, "the loss on the outputs, and the task's, are fused with the last layers: whole logits never exist"
+    )
     vocabulary: int | None = field(None, "classes from this one on are padding of one network, and left out", check=above(0))
     schedule: str = field("linear", "how share, temperature and hint_weight go to their ends", choices=losses.schedules.KINDS)
 
     def validate(self) -> None:
-        """Raises ValueError if `layers` is no map, or there is no chunked form of the loss."""
+        """Raises ValueError if `layers` is no map, there is no chunked form of the loss, or a setting would do nothing."""
         if self.chunked and not hasattr(vocabulary, self.loss):
             there = ", ".join(name for name in LOSSES if hasattr(vocabulary, name))
             raise ValueError(f"there is no chunked form of {self.loss}; set chunked to False, or take one of {there}")
         if self.layers not in ("", "auto"):
             layer_map.from_text(self.layers, self.part)
+        if self.layers and not self.hints:
+            raise ValueError(f"layers is {self.layers}, and hint_weight 0 takes none; give a hint_weight, or leave layers out")
+        if self.part and not self.layers:
+            raise ValueError(f"part is {self.part}, which is of layers; give layers, such as uniform, or leave part out")
+        if self.schedule != "linear" and not self.scheduled:
+            raise ValueError(
+                f"schedule is {self.schedule}, and nothing goes to an end; give share_end, temperature_end or hint_weight_end"
+            )
+
+    def check_classes(self, classes: int) -> None:
+        """Raises ValueError if `vocabulary` leaves out some of the data's classes."""
+        if self.vocabulary is not None and self.vocabulary < classes:
+            raise ValueError(
+                f"distill.vocabulary is {self.vocabulary}, and the data have {classes} classes, of which none is padding; give "
+                f"{classes} or more, or leave it out"
+            )
+
+    @property
+    def hints(self) -> bool:
+        """Whether features are matched at some step."""
+        return self.hint_weight > 0 or (self.hint_weight_end or 0) > 0
 
     @property
     def seeks(self) -> bool:
         """Whether the layers are those most alike on a batch, which `layer_map.auto` is to find first."""
-        return self.layers == "auto" and (self.hint_weight > 0 or (self.hint_weight_end or 0) > 0)
+        return self.layers == "auto" and self.hints
 
     @property
     def scheduled(self) -> bool:

@@ -7,12 +7,15 @@ that the relations are over; `losses.on_features` gives the global one.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from bmjax.distill.numerics import check_pair, check_temperature, log_probabilities, squared
-from bmjax.distill.shapes import gram, rows, unit
+from bmjax.distill.numerics import check_pair, check_temperature, known, log_probabilities, squared
+from bmjax.distill.shapes import gram, rows, scaled, unit
+
+_FLAT = 2e-6  # deviation over root mean square of what does not vary but by rounding
 
 
 def similarity(s: jax.Array, t: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -32,11 +35,15 @@ def similarity(s: jax.Array, t: jax.Array, weights: jax.Array | None = None) -> 
     """
     s, t, share = rows("similarity", s, t, weights)
     # Rows hold each example as often as it counts; the common factor B cancels.
-    grams = [gram(x) for x in (s, t)]
-    lengths = [jax.lax.rsqrt(jnp.maximum(jnp.sum(share * jnp.square(g), axis=1, keepdims=True), 1e-16)) for g in grams]
-    difference = jnp.square(grams[0] * lengths[0] - grams[1] * lengths[1])
+    difference = jnp.square(_rows_of_length_1(s, share) - _rows_of_length_1(t, share))
     count = jnp.asarray(len(share), jnp.float32) if weights is None else jnp.sum(jnp.asarray(weights, jnp.float32))
     return share @ difference @ share / jnp.where(count > 0, count, 1.0)
+
+
+def _rows_of_length_1(x: jax.Array, share: jax.Array) -> jax.Array:
+    products = scaled(gram(x), 1)
+    squares = jnp.sum(share * jnp.square(products), axis=1, keepdims=True)
+    return products * jax.lax.rsqrt(jnp.where(squares > 0, squares, 1.0))
 
 
 def correlation(s: jax.Array, t: jax.Array, gamma: float = 0.4, order: int = 2, weights: jax.Array | None = None) -> jax.Array:
@@ -52,13 +59,14 @@ def correlation(s: jax.Array, t: jax.Array, gamma: float = 0.4, order: int = 2, 
     Returns:
         float32 scalar, 0 at s = t.
     """
-    if not 0 < gamma < math.inf or order < 1:
+    gamma = known(gamma)
+    if order < 1 or (isinstance(gamma, int | float) and not 0 < gamma < math.inf):
         raise ValueError(f"correlation: gamma is {gamma} and order {order}; expected a number above 0 and 1 or more")
     s, t, share = rows("correlation", s, t, weights)
 
     def kernel(x: jax.Array) -> jax.Array:
         near = 2 * gamma * gram(unit(x, -1))
-        return math.exp(-2 * gamma) * sum((near**p / math.factorial(p) for p in range(1, order + 1)), start=jnp.ones_like(near))
+        return jnp.exp(-2 * gamma) * sum((near**p / math.factorial(p) for p in range(1, order + 1)), start=jnp.ones_like(near))
 
     return share @ jnp.square(kernel(s) - kernel(t)) @ share
 
@@ -78,8 +86,10 @@ def rkd(s: jax.Array, t: jax.Array, distance: float = 25.0, angle: float = 50.0,
     s, t, share = rows("rkd", s, t, weights)
     apart = [x[None] - x[:, None] for x in (s, t)]  # [at, to, D]
     pairs = _huber(_distances(apart[0], share), _distances(apart[1], share))
-    value = distance * (share @ pairs @ share) if distance else jnp.float32(0)
-    if angle:
+    distance, angle = known(distance), known(angle)
+    off = lambda weight: isinstance(weight, int | float) and weight == 0  # a traced one is computed in any case
+    value = jnp.float32(0) if off(distance) else distance * (share @ pairs @ share)
+    if not off(angle):
         cosines = [jnp.einsum("abd,acd->abc", e, e, precision="highest") for e in (unit(x, -1) for x in apart)]
         value += angle * jnp.einsum("a,b,c,abc->", share, share, share, _huber(*cosines))
     return value
@@ -137,7 +147,8 @@ def dist(
     """T^2 (beta inter + gamma intra): the correlations of two matrices of probabilities (Huang et al. 2022, DIST, eq. 9-11).
 
     inter is the mean over the items of 1 - Pearson's r between the two rows of class probabilities; intra the mean over the
-    classes of 1 - r between the two columns. What does not vary has r = 0. The paper's weights are beta = gamma = 1 at T = 1 on
+    classes of 1 - r between the two columns. What varies in neither network is left out of the mean, and what varies in one alone
+    has r = 0: of saturated outputs most classes never vary. The paper's weights are beta = gamma = 1 at T = 1 on
     ImageNet, 2 and 2 at T = 4 on CIFAR, beside the task's loss.
 
     Args:
@@ -158,7 +169,22 @@ def dist(
     flat = lambda x: x.reshape(-1, x.shape[-1])
     q, p, share = rows("dist", flat(s), flat(t), None if weights is None else jnp.ravel(weights))
     q, p = (jnp.exp(log_probabilities(x, temperature)) for x in (q, p))
-    inter = share @ (1 - jnp.sum(unit(q - q.mean(1, keepdims=True), 1) * unit(p - p.mean(1, keepdims=True), 1), axis=1))
-    columns = [jnp.sqrt(share)[:, None] * (x - share @ x) for x in (q, p)]
-    intra = jnp.mean(1 - jnp.sum(unit(columns[0], 0) * unit(columns[1], 0), axis=0))
+    inter = _uncorrelated([x - x.mean(1, keepdims=True) for x in (q, p)], (q, p), share, 1)
+    root = jnp.sqrt(share)[:, None]
+    intra = _uncorrelated([root * (x - share @ x) for x in (q, p)], [root * x for x in (q, p)], jnp.ones(q.shape[1]), 0)
     return squared(beta * inter + gamma * jnp.where(share.sum() > 0, intra, 0.0), temperature, t_squared)
+
+
+def _uncorrelated(centred: Sequence[jax.Array], whole: Sequence[jax.Array], share: jax.Array, axis: int) -> jax.Array:
+    """The mean of 1 - r along an axis, with weights, over what varies in one of two networks at least; 0 if nothing does."""
+    square = lambda x: jnp.sum(jnp.square(jax.lax.stop_gradient(scaled(x, axis))), axis=axis)
+    largest = lambda x: jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis)
+    varies = [jnp.sqrt(square(c)) * largest(c) > _FLAT * jnp.sqrt(square(x)) * largest(x) for c, x in zip(centred, whole)]
+    r = jnp.sum(_varying(centred[0], varies[0], axis) * _varying(centred[1], varies[1], axis), axis=axis)
+    weights = share * (varies[0] | varies[1])
+    total = jnp.sum(weights)
+    return jnp.sum(weights * (1 - r)) / jnp.where(total > 0, total, 1.0)
+
+
+def _varying(x: jax.Array, varies: jax.Array, axis: int) -> jax.Array:
+    return unit(jnp.where(jnp.expand_dims(varies, axis), x, 0.0), axis)

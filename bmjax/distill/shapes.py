@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_TINY = 1e-16  # least square of a norm that is divided by
+_TINY = 1e-30  # a largest entry below this is none: float32 divides by hardly less
 
 
 def check_same(name: str, s: jax.Array, t: jax.Array) -> None:
@@ -55,8 +55,18 @@ def pooled(x: jax.Array, axis: int, size: int) -> jax.Array:
 
 
 def unit(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
-    """x over its L2 norm; a vector of (almost) zeros stays one, with a finite slope."""
-    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), _TINY))
+    """x over its L2 norm, whatever its scale; a vector of zeros stays one, with a slope of about 1."""
+    x = scaled(x, axis)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=axis, keepdims=True), 0.5))
+
+
+def scaled(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """x over its largest entry, so that squares neither vanish nor overflow; zeros stay.
+
+    The largest entry has no derivative here: what is made of the result must not depend on its scale.
+    """
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=axis, keepdims=True)
+    return x / jnp.where(largest > _TINY, largest, 1.0)
 
 
 def rows(name: str, s: jax.Array, t: jax.Array, weights: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.distill.divergences import jsd_summand, mixture_summand, tvd_summand
-from bmjax.distill.numerics import UNDERFLOW, check_share, check_temperature, entropy_summand, squared
+from bmjax.distill.numerics import UNDERFLOW, bounded, check_share, check_temperature, entropy_summand, known, squared
 from bmjax.losses import Chunks, Summand, head_divergence
 
 HeadLike: TypeAlias = tuple[jax.Array, jax.Array, jax.Array | None]  # hidden [..., D], kernel [D, V], bias [V]
@@ -97,6 +97,7 @@ def jsd(
     chunks: Chunks = Chunks(),  # noqa: B008
 ) -> jax.Array:
     """`distill.jsd` of two heads, divided by beta (1 - beta). Arguments and errors as for `kd`; beta in [0, 1]."""
+    beta = known(beta)
     check_share("jsd", "beta", beta)
     summand = _forward if beta == 0 else entropy_summand if beta == 1 else _jsd(beta)
     return _fused("jsd", summand, student, teacher, temperature, t_squared, chunks)
@@ -111,6 +112,7 @@ def skew_kl(
     chunks: Chunks = Chunks(),  # noqa: B008
 ) -> jax.Array:
     """`distill.skew_kl` of two heads: T^2 KL(p_t || alpha p_t + (1 - alpha) p_s). As for `kd`; alpha in [0, 1)."""
+    alpha = known(alpha)
     check_share("skew_kl", "alpha", alpha, open_high=True)
     summand = _skewed(alpha) if alpha else _forward
     return _fused("skew_kl", summand, student, teacher, temperature, t_squared, chunks)
@@ -125,6 +127,7 @@ def skew_reverse_kl(
     chunks: Chunks = Chunks(),  # noqa: B008
 ) -> jax.Array:
     """`distill.skew_reverse_kl` of two heads: T^2 KL(p_s || (1 - alpha) p_t + alpha p_s). As for `kd`; alpha in [0, 1)."""
+    alpha = known(alpha)
     check_share("skew_reverse_kl", "alpha", alpha, open_high=True)
     summand = _skewed_reverse(alpha) if alpha else entropy_summand
     return _fused("skew_reverse_kl", summand, student, teacher, temperature, t_squared, chunks)
@@ -158,7 +161,7 @@ def _forward(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
 
 
 def _soft(log_s: jax.Array, log_t: jax.Array) -> jax.Array:
-    return -jnp.exp(log_t) * jnp.where(log_t > UNDERFLOW, log_s, 0.0)
+    return -jnp.exp(log_t) * jnp.where(log_t > UNDERFLOW, bounded(log_s), 0.0)
 
 
 # Cached, so that a function which is called again is the same one to jit.

@@ -45,12 +45,16 @@ class Config:
     data: data.Data = field(data.Data(), "examples, as the student will be given them; batch is what the teacher sees at once")
     devices: int = field(0, "simulate so many CPU devices; 0 takes those that are there", check=at_least(0))
     mesh: str = field("data=-1", "sizes of data, fsdp and tensor over a process's devices; -1 takes what is left")
+    coordinator: str = field("", "several processes: host:port of process 0, on a port that is free there; empty is one process")
+    processes: int = field(1, "how many processes write the cache, each its own shards", check=at_least(1))
+    process: int = field(0, "which of them this is, from 0", check=at_least(0))
 
     def validate(self) -> None:
-        """Raises ValueError if there is no teacher, or no record can be made so."""
+        """Raises ValueError if there is no teacher, no record can be made so, or the processes do not go together."""
         if not self.teacher:
             raise ValueError("--config.teacher must be given: the folder of an export, or a workdir that holds one")
         data.RecordLayout(1, 2, self.values, self.temperatures)
+        parallel.check_processes(self.coordinator, self.processes, self.process)
 
 
 def cache(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]:
@@ -61,6 +65,7 @@ def cache(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     Raises:
         ValueError: the teacher does not fit the data or the devices, its logits are NaN, or the folder is another cache's.
     """
+    parallel.join(config.coordinator, config.processes, config.process)
     parallel.simulate(config.devices)
     dataset = data.load(config.data)
     mesh = parallel.make_mesh(config.mesh, jax.local_devices())

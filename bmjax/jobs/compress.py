@@ -16,7 +16,7 @@ from typing import Any
 from absl import logging
 
 from bmjax import config as configs
-from bmjax import data, report
+from bmjax import data, measure, report
 from bmjax.config import at_least, field, within
 from bmjax.distill import Distill
 from bmjax.jobs import architecture, common, results
@@ -77,7 +77,9 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
         model = architecture.build(config.model, bench.dataset)
-        plain, distilled = {"ce": (1.0, config.task.term())}, functools.partial(config.distill.terms, config.task.term())
+        config.distill.check_classes(bench.dataset.classes)
+        task = config.task.term(config.distill.chunked)
+        plain, distilled = {"ce": (1.0, task)}, functools.partial(config.distill.terms, task)
         given = common.load(bench, model, config.pretrained) if config.pretrained else None
         _check(config, bench, model, plain)
         common.record(config, bench)
@@ -106,6 +108,7 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
             level=config.budget.level,
             latency=dataclasses.asdict(config.latency),
         )
+        measured["notes"] += _augmentation(config) if held else []
         return _conclude(config, bench, nets, {**measured, "sensitivity": sensitivity.as_dict()}, command)
 
 
@@ -116,13 +119,42 @@ def _check(config: Config, bench: Bench, model: Any, plain: Terms) -> None:
             f"{bench.dataset.name} holds tokens, and the verdict compares classes of whole examples; "
             "prune or distil a language model with experiments.train"
         )
+    examples, budget = len(bench.dataset.test.targets), config.budget
+    needed = measure.examples_needed(0.0, budget.max_drop, level=budget.level)
+    if needed is not None and examples < needed:
+        raise ValueError(
+            f"the test split has {examples:,} example{'s'[: examples != 1]}, of which no verdict can come: to call even a model "
+            f"that errs alike not worse takes {needed:,} at budget.max_drop={budget.max_drop:g} and budget.level="
+            f"{budget.level:g}; take a larger test split or budget"
+        )
     if config.distill.seeks:
         raise ValueError("config.distill.layers is auto, which experiments.train finds; here take uniform, as depths change")
     teacher = Net(model, *bench.shapes(model))
     if not config.pretrained:
         common.check(bench, model, plain, config.big)
+    task = config.task.term(config.distill.chunked)
     for run in (config.prune.run, config.retrain):
-        common.check(bench, model, config.distill.terms(config.task.term(), run.steps), run, teacher=teacher)
+        common.check(bench, model, config.distill.terms(task, run.steps), run, teacher=teacher)
+
+
+def _augmentation(config: Config) -> list[str]:
+    """A sentence for the report where the runs see differently augmented inputs: equal compute is not an equal recipe then."""
+
+    def said(run: Run) -> str:
+        plain = dataclasses.asdict(type(run.augment)())
+        changed = {name: value for name, value in dataclasses.asdict(run.augment).items() if value != plain[name]}
+        return (
+            "with augmentation ({})".format(", ".join(f"{k}={v}" for k, v in changed.items()))
+            if changed
+            else "without augmentation"
+        )
+
+    first = "given as it is, trained elsewhere" if config.pretrained else f"trained {said(config.big)}"
+    later = [said(config.prune.run), said(config.retrain)]
+    if not config.pretrained and {*later} == {said(config.big)}:
+        return []
+    pruned = "" if later[0] == later[1] else f", and pruning went {later[0]}"
+    return [f"The big model was {first}; the small model and the baselines were trained {later[1]}{pruned}."]
 
 
 def _baseline(config: Config, bench: Bench, name: str, model: Any, start: Net | None, allowance: int) -> Net:
@@ -134,7 +166,8 @@ def _baseline(config: Config, bench: Bench, name: str, model: Any, start: Net | 
     steps = max(round(allowance / runs.step_flops(common.flops(bench, shape), 0, bench.data.batch)), 1)
     run = dataclasses.replace(config.retrain, steps=steps)
     spent = start.flops if start else 0
-    return common.train(bench, name, model, {"ce": (1.0, config.task.term())}, run, start=start, spent=spent)
+    plain = {"ce": (1.0, config.task.term(config.distill.chunked))}
+    return common.train(bench, name, model, plain, run, start=start, spent=spent)
 
 
 def _conclude(config: Config, bench: Bench, nets: dict[str, Net], measured: dict[str, Any], command: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 from bmjax import config as configs
 from bmjax import data, deploy, manifest, parallel, trees
 from bmjax.config import at_least, field
-from bmjax.jobs import architecture, common
+from bmjax.jobs import architecture, common, rebuilt
 from bmjax.train import checkpoint
 from bmjax.train import run as runs
 
@@ -57,23 +57,33 @@ def defaults(model: str) -> Config:
     return Config(model=model, data=configs.from_dict(recorded, {"Data": data.Data}))
 
 
-def evaluate(config: Config, command: str) -> dict[str, Any]:
+def evaluate(config: Config, command: str, given: Any = None) -> dict[str, Any]:
     """Evaluates; returns the figures, which are also written as JSON.
+
+    Args:
+        config: what, and on what.
+        command: for the record.
+        given: the training's own config, made of its config file again: its functions are what a record cannot hold.
 
     Raises:
         ValueError: the data have other classes or shapes than the model, there is no such checkpoint, a file is missing or
-            altered, or the network cannot be rebuilt from the workdir.
+            altered, `given` is of another version of its file or another config, or the network cannot be rebuilt.
     """
     folder = pathlib.Path(config.model)
     about = _about(folder)
     if (target := output(config)).is_dir() or not target.parent.is_dir():
         raise ValueError(f"--output={target} must be a file in a folder that exists")
+    if given is not None:
+        rebuilt.check_given(given, folder, about)
     config = dataclasses.replace(config, data=_of_its_kind(config.data, about))
-    _check_source(config, about)
+    config = _with_source(config, about, given)
     parallel.simulate(config.devices)
     dataset = data.load(config.data)
     split = getattr(dataset, config.split)
-    found, step, weights = (_program if _is_export(folder) else _checkpoint)(config, folder, about, dataset, split)
+    if _is_export(folder):
+        found, step, weights = _program(config, folder, about, dataset, split)
+    else:
+        found, step, weights = _checkpoint(config, folder, about, dataset, split, given)
     same = about.get("data_fingerprint") in (None, dataset.fingerprint)
     results = {
         "command": command,
@@ -145,15 +155,22 @@ def _about(folder: pathlib.Path) -> Mapping[str, Any]:
     return {**resolved, "data_config": resolved.get("data")}
 
 
-def _check_source(config: Config, about: Mapping[str, Any]) -> None:
-    """Raises ValueError if the data are those of training, and were made by a function that stands in a config file."""
+def _with_source(config: Config, about: Mapping[str, Any], given: Any) -> Config:
+    """The config whose data can be loaded: a function that made those of training is the given config's.
+
+    Raises:
+        ValueError: the data are those of training, and were made by a function of a config file that is not given.
+    """
     source = config.data.source
     recorded = (about.get("data_config") or {}).get("source")
     if source == recorded and isinstance(source, str) and source.partition(":")[0] not in data.SOURCES:
+        if given is not None:
+            return dataclasses.replace(config, data=dataclasses.replace(config.data, source=given.data.source))
         raise ValueError(
             f"the data of {config.model} came from a function, {source}, which evaluate cannot call; give a source by name as "
-            "--data.source, or read the run's results.json"
+            "--data.source, or the training's config file again as --config=<file.py>"
         )
+    return config
 
 
 def _program(
@@ -176,34 +193,28 @@ def _program(
 
 
 def _checkpoint(
-    config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split
+    config: Config, folder: pathlib.Path, about: Mapping[str, Any], dataset: data.Dataset, split: data.Split, given: Any
 ) -> tuple[Any, int, str]:
     """(evaluation, step, of which parameters) of a checkpoint, over the whole mesh."""
     name = _run(config, folder)
-    if about.get("views"):
-        raise ValueError(f"{folder} was trained with views, functions that no checkpoint holds; evaluate its export instead")
     teaches = name.startswith("teacher")  # "teacher 2" is the second of several
-    if not teaches and (about.get("prune") or {}).get("method") == "straight_through":
-        raise ValueError(
-            f"{folder} was trained dense, through masks that its parameters do not show; evaluate its export instead"
-        )
     restored = checkpoint.read(folder / CHECKPOINTS / name, step=config.step, best=config.best)
     held = trees.nested(restored.state)
     params, state = runs.outcome(held["params"]["model"], held.get("extra", {})), held.get("model_state", {})
-    # A chain of generations that names no teacher begins with the student's own network.
-    plain = ((about.get("teacher") or {}).get("model") if teaches else None) or about.get("model")
-    try:
-        built = architecture.rebuild({"model": plain}, dataset)
-    except ValueError as error:
-        raise ValueError(f"the network of {folder} cannot be built: {error}; evaluate its export instead") from None
-    model = architecture.with_sizes_of(built, params)
+    model = rebuilt.network(given, folder, about, dataset, teacher=teaches)
     mesh = parallel.make_mesh(config.mesh)
     parallel.check_batch(config.data.batch, mesh)
     example = data.eval_batches(split, config.data.batch)[0]
     expected = jax.eval_shape(model.init, jax.random.key(0), example)
+    if trees.first_difference(expected[0], params) and getattr(model, "axes", None):  # what was pruned is smaller
+        model = architecture.with_sizes_of(model, params)
+        expected = jax.eval_shape(model.init, jax.random.key(0), example)
     if misfit := trees.first_difference(expected[0], params) or trees.first_difference(expected[1], state):
         raise ValueError(f"the checkpoint of {folder} does not fit {dataset.name}: {misfit}; is this its data?")
-    placed = jax.device_put(params, parallel.partition(params, runs.rules_of(model), mesh))
+    shardings = parallel.partition(params, runs.rules_of(model), mesh)
+    placed = jax.device_put(params, shardings)
+    if not teaches:
+        placed = rebuilt.seen(given, folder, about, restored.state, placed, model, example, (shardings, mesh))
     state = jax.device_put(state, parallel.replicated(mesh))
     batches = (parallel.put_batch(batch, mesh) for batch in data.eval_batches(split, config.data.batch))
     logits = lambda batch: runs.predictor(model)(placed, state, batch)

@@ -38,7 +38,7 @@ class Teacher:
         "", "its outputs by experiments.cache_teacher: no teacher runs, and `pretrained` only says whose they are"
     )
     k: int = field(0, "cached: log-probabilities that each item must have; 0 takes what is there", check=at_least(0))
-    run: Run = field(Run(), "training of the teacher")
+    run: Run = field(Run(), "training of the teacher, where it has a model and is not pretrained")
     distill: Distill = field(Distill(), "how the student learns from it")
     rollout: Rollouts = field(Rollouts(), "learning on what the student writes itself")
     copies: int = field(1, "train so many teachers, each from its own random numbers", check=at_least(1))
@@ -75,6 +75,11 @@ class Teacher:
             raise ValueError(f"weights has {len(self.weights)} numbers for {self.number} teachers; give one for each")
         if self.weights and self.combine in CHOICES:
             raise ValueError(f"weights and combine={self.combine} are two ways to weigh the teachers; give one of them")
+        if self.number == 1 and (self.weights or self.combine != "probability"):
+            raise ValueError("weights and combine are of several teachers, and there is one; give copies, or leave them out")
+        # With a model both may come from a preset, and its `pretrained` from a flag.
+        if self.model is None and self.run != Run():
+            raise ValueError("run trains a teacher from its model, and none is given; give model, or leave run out")
         if self.export != "last" and self.generations == 1:
             raise ValueError("export=ensemble is of several generations; set generations to 2 or more")
 
@@ -107,6 +112,11 @@ class MeanTeacher:
 
     decay: float = field(0.99, "of the moving average", check=(lambda value: 0 < value < 1, "above 0 and below 1, such as 0.999"))
     distill: Distill = field(Distill(share=0.9, temperature=1.0, loss="consistency"), "how the student learns from its average")
+
+    def validate(self) -> None:
+        """Raises ValueError if the layers most alike are sought in one network."""
+        if self.distill.layers == "auto":
+            raise ValueError("distill.layers is auto, and a moving average has the student's own layers; take uniform")
 
     def terms(self, task: LossTerm, steps: int, layout: RecordLayout | None, layers: Mapping[str, str] | None = None) -> Terms:
         """The terms of the objective; the layers of one network are compared with themselves."""

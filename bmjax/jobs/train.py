@@ -25,7 +25,7 @@ from bmjax.losses import Schedule, Task
 from bmjax.models import Plain
 from bmjax.train import cost
 from bmjax.train.run import Bench, Run, start_key
-from bmjax.types import LossTerm, View
+from bmjax.types import Batch, LossTerm, View
 
 RESULTS, TEST = "results.json", "test.npz"
 Transform = Callable[[optax.GradientTransformation, int], optax.GradientTransformation]  # (optimiser, steps) -> optimiser
@@ -131,8 +131,9 @@ class Config:
         Raises:
             ValueError: a term of the user's has the name of another, or a weight is given for no term.
         """
-        plain = {"ce": (1.0, self.task.term())}
-        whole = plain if self.teacher is None else self.teacher.terms(self.task.term(), self.run.steps, layout, layers)
+        task = self.task.term(self.teacher is not None and self.teacher.distill.chunked)
+        plain = {"ce": (1.0, task)}
+        whole = plain if self.teacher is None else self.teacher.terms(task, self.run.steps, layout, layers)
         if taken := set(whole) & set(self.terms):
             raise ValueError(f"config.terms has {sorted(taken)[0]!r}, which the objective has already; choose another name")
         terms = {**whole, **self.terms}
@@ -150,6 +151,8 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         ValueError: the config does not fit the data or the devices, the workdir holds another config's run, or training diverged.
     """
     with common.bench(config, workdir) as bench:
+        if config.teacher is not None:
+            config.teacher.distill.check_classes(bench.dataset.classes)
         model, tutor = architecture.build(config.model, bench.dataset), config.fixed
         bench, layout = _beside(bench, tutor) if tutor is not None and tutor.cached else (bench, None)
         plain, terms = config.objective(layout)
@@ -190,7 +193,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
 def _how(config: Config, bench: Bench, model: Any) -> dict[str, Any]:
     """What a student's training takes beside its objective, as arguments of `common.train`."""
     return {
-        "wrap": functools.partial(config.wrap, sides=_sides(config, bench, model)),
+        "wrap": functools.partial(config.wrap, sides=sides(config, model, bench.shapes(model), bench.example())),
         "views": (*config.views, *config.prune.views),  # masks come last, so that what is hidden is exactly zero
         "rollout": None if config.fixed is None else config.fixed.rollout.build(config.run.steps),
         "decay": config.teacher.decay if isinstance(config.teacher, MeanTeacher) else None,
@@ -232,13 +235,17 @@ def _about(config: Config) -> dict[str, Any]:
     return {"config": configs.fingerprint(config), "weights": config.origin(name)}
 
 
-def _sides(config: Config, bench: Bench, model: Any) -> dict[str, trace.Sides] | None:
-    """Inputs and outputs of the kernels to prune, where they matter. Raises ValueError as `prune.Sparsity.sides`."""
+def sides(config: Config, model: Any, shapes: tuple[Any, Any], example: Batch) -> dict[str, trace.Sides] | None:
+    """Inputs and outputs of the kernels to prune, where they matter; `shapes` are abstract (params, model_state).
+
+    Raises:
+        ValueError: as `prune.Sparsity.sides`.
+    """
     if not config.prune.sided:
         return None
-    params, abstract = bench.shapes(model)
+    params, abstract = shapes
     state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
-    return config.prune.sides(lambda p, batch: model.apply(p, state, batch)[0].logits, params, dict(bench.example()))
+    return config.prune.sides(lambda p, batch: model.apply(p, state, batch)[0].logits, params, dict(example))
 
 
 def _check_pruning(config: Config, params: Any) -> None:

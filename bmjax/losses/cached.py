@@ -1,4 +1,4 @@
-"""The term of a loss against a teacher's cached outputs."""
+"""The terms of losses against a teacher's cached outputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from bmjax.data import RecordLayout
 from bmjax.data.teacher_record import BATCH_KEY
 from bmjax.losses import schedules
+from bmjax.losses.heads import head_of, here
 from bmjax.losses.schedules import Schedule
+from bmjax.losses.tiles import Chunks
 from bmjax.types import Batch, Context, Mean, Outputs, Term
 
 
@@ -35,7 +37,59 @@ def on_cached(
         ValueError: an argument that `fn` does not take, a weight that is not finite, a temperature that is not cached; at the
             first use: a batch without records or with others, logits of other classes, or values that are not one for each item.
     """
-    name, parameters = str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)), inspect.signature(fn).parameters
+
+    def value(student: Outputs, *teacher: jax.Array) -> jax.Array:
+        return fn(student.logits, *teacher, temperature=temperature, **kw)
+
+    return _term(fn, value, layout, weight, temperature, kw)
+
+
+def on_cached_head(
+    fn: Callable[..., jax.Array],
+    layout: RecordLayout,
+    weight: float | Schedule = 1.0,
+    temperature: float = 1.0,
+    *,
+    chunks: Chunks = Chunks(),  # noqa: B008  # a tuple of numbers
+    **kw: Any,
+) -> Term:
+    """`on_cached` of a loss on the student's head: `on_cached_head(distill.on_top_k_head(distill.kd), cache.layout)`.
+
+    Where no other term reads the logits, no array of [batch, time, vocabulary] is left in the step.
+
+    Args:
+        fn: (student's head, classes [..., k], log-probabilities [..., k], tail [...], temperature=..., chunks=..., **kw) ->
+            values [...]; see `distill.on_top_k_head`.
+        layout, weight, temperature, kw: as for `on_cached`.
+        chunks: how much of the logits exists on a device at a time; how classes and batch are split, the executor knows.
+
+    Raises:
+        ValueError: as `on_cached`; an `fn` without `chunks`; at the first use: a model that gives no head.
+    """
+    name = _name(fn)
+    if "chunks" not in inspect.signature(fn).parameters:
+        raise ValueError(f"{name} takes no chunks, so it is no loss on heads; take distill.on_top_k_head of one, or on_cached")
+
+    def value(student: Outputs, *teacher: jax.Array) -> jax.Array:
+        return fn(head_of(name, "student", student), *teacher, temperature=temperature, chunks=here(chunks), **kw)
+
+    return _term(fn, value, layout, weight, temperature, kw)
+
+
+def _name(fn: Callable[..., jax.Array]) -> str:
+    return str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__))
+
+
+def _term(
+    fn: Callable[..., jax.Array],
+    value: Callable[..., jax.Array],
+    layout: RecordLayout,
+    weight: float | Schedule,
+    temperature: float,
+    kw: dict[str, Any],
+) -> Term:
+    """The term of (student's outputs, classes, log-probabilities, tail) -> values, which calls `fn`. Raises as `on_cached`."""
+    name, parameters = _name(fn), inspect.signature(fn).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for key in {*kw} - {*[*parameters][4:]}:
             raise ValueError(f"{name} takes no argument {key!r}; it takes {', '.join([*parameters][4:]) or 'none'}")
@@ -43,23 +97,21 @@ def on_cached(
     layout.tail_of(temperature)
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
-        logits, records = student.logits, batch.get(BATCH_KEY)
+        shape, records = student.logits.shape, batch.get(BATCH_KEY)
         if records is None:
             raise ValueError(
                 f"the term {name} reads a teacher's cached outputs, and the batch has none; take the split from "
                 "TeacherCache.beside(split)"
             )
-        expected = (*logits.shape[:-1], layout.words)
-        if logits.shape[-1] != layout.vocabulary or records.shape != expected:
+        expected = (*shape[:-1], layout.words)
+        if shape[-1] != layout.vocabulary or records.shape != expected:
             raise ValueError(
                 f"the cached outputs are {list(records.shape)}, of {layout.vocabulary} classes, for logits "
-                f"{list(logits.shape)}; {name} needs {list(expected)}, of {logits.shape[-1]}"
+                f"{list(shape)}; {name} needs {list(expected)}, of {shape[-1]}"
             )
-        values = fn(logits, *layout.unpack(jnp.asarray(records), temperature), temperature=temperature, **kw)
-        if values.shape != logits.shape[:-1]:
-            raise ValueError(
-                f"{name} returned {list(values.shape)} for logits {list(logits.shape)}; return a value for each item"
-            )
+        values = value(student, *layout.unpack(jnp.asarray(records), temperature))
+        if values.shape != shape[:-1]:
+            raise ValueError(f"{name} returned {list(values.shape)} for logits {list(shape)}; return a value for each item")
         return Mean.of(schedules.at(weight, ctx.step) * values, batch["weights"])
 
     followed = {"weight": weight} if callable(weight) else {}

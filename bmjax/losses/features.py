@@ -54,7 +54,7 @@ def on_features(
             teacher, a model without names, or what the map refuses; at init: no teacher, another number of axes or examples, or
             what `fn` itself refuses, such as another width.
     """
-    loss = _loss(fn, weight, kw, trained or {})
+    loss = _loss(fn, weight, kw, trained or {}, per_device)
     if not layers:
         raise ValueError(f"{loss.name} was given no layers; name them as {{student's: teacher's}}")
     if project not in (None, "linear", "auto"):

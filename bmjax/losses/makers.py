@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from bmjax.losses import schedules
 from bmjax.losses.schedules import Schedule
+from bmjax.parallel import collectives
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
 
 
@@ -57,7 +58,13 @@ class _Loss(NamedTuple):
         return {**self.scheduled, **({"weight": self.weight} if callable(self.weight) else {})}
 
 
-def _loss(fn: Callable[..., jax.Array], weight: float | Schedule, kw: Mapping[str, Any], trained: Mapping[str, Any]) -> _Loss:
+def _loss(
+    fn: Callable[..., jax.Array],
+    weight: float | Schedule,
+    kw: Mapping[str, Any],
+    trained: Mapping[str, Any],
+    per_device: bool = False,
+) -> _Loss:
     """Raises ValueError on a weight that is not finite, arguments that the function does not take, and a bad temperature."""
     name, parameters = str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)), inspect.signature(fn).parameters
     schedules.check(f"the weight of {name}", weight)
@@ -73,6 +80,8 @@ def _loss(fn: Callable[..., jax.Array], weight: float | Schedule, kw: Mapping[st
             temperature = key == "temperature"
             schedules.check("the distillation temperature" if temperature else f"{key} of {name}", value, positive=temperature)
     given = {"labels", "weights", "mask"} & {*names} - fixed
+    if per_device and "weights" not in given:
+        raise ValueError(f"{name} sees items one by one, and per_device is for losses that relate examples; leave it out")
     return _Loss(name, fn, weight, kw, scheduled, frozenset(given), second == "labels")
 
 
@@ -91,17 +100,19 @@ def on_logits(
             `weights` [...], one number for all. `labels` gets the targets; where the batch was mixed, the value is that of both
             targets, mixed.
         weight: multiplies the values; an optax schedule follows the step.
-        per_device: a loss over the whole batch (`dist`) sees one device's examples only, where an executor splits the batch by
-            hand; the term is then the mean of the devices' losses, weighted by their examples.
+        per_device: a loss over the whole batch (`dist`) sees only the examples of one shard of `data`; the term is then the mean
+            of the shards' losses, weighted by their examples. For the executors that split the batch by hand (replicated, pmap,
+            hybrid); where the compiler splits it (partitioned), there is no such shard to see.
         vocabulary: the classes from this one on are left out in both networks, as padding at the end of one of them must be.
         kw: further arguments of `fn`; in place of a number, a schedule: `temperature=optax.linear_schedule(8.0, 1.0, 100)`.
 
     Raises:
-        ValueError: an argument that `fn` does not take, a temperature that is not above 0 or not finite (a schedule's at step 0);
-            at the first use: no teacher, logits of another shape, values of another shape than the items', or a schedule for a
+        ValueError: an argument that `fn` does not take, a temperature that is not above 0 or not finite (a schedule's at step 0),
+            per_device for an `fn` without `weights`; at the first use: per_device where the compiler splits the batch, no
+            teacher, logits of another shape, values of another shape than the items', or a schedule for a
             number that `fn` must know before it is compiled.
     """
-    found = _loss(fn, weight, kw, {})
+    found = _loss(fn, weight, kw, {}, per_device)
     relates = "weights" in found.given
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
@@ -174,6 +185,11 @@ def _across(
     """One number over the global batch, counted once for each unit of weight, as a mean of items would be."""
     if not per_device:
         pair, items = ctx.all_gather((pair, items))
+    elif collectives.split_by_compiler():
+        raise ValueError(
+            f"{loss.name} has per_device=True, and here the compiler splits the batch, where no device has examples of its own; "
+            "take the executor replicated or pmap on a mesh of data alone, or leave per_device out"
+        )
     value = loss.call(*pair, weights=items, **(own or {}))
     if value.shape:
         raise ValueError(f"{loss.name} takes `weights` and returned {list(value.shape)}; it must return one number")

@@ -97,8 +97,12 @@ class Task:
 
     label_smoothing: float = field(0.0, "mass that is spread over all classes", check=within(0, 1, open_high=True))
     class_weights: tuple[float, ...] | None = field(None, "one weight per class; none weighs all alike")
-    chunked: bool = field(False, "fused with the model's last layer: logits of a large vocabulary never exist as a whole")
+    chunked: bool = field(
+        False,
+        "fused with the model's last layer: logits of a large vocabulary never exist as a whole; a chunked distillation loss has "
+        "it so too",
+    )
 
-    def term(self) -> LossTerm:
-        """The cross-entropy term."""
-        return cross_entropy_term(self.label_smoothing, self.class_weights, Chunks() if self.chunked else None)
+    def term(self, chunked: bool = False) -> LossTerm:
+        """The cross-entropy term; fused with the last layer if the config says so, or `chunked` does."""
+        return cross_entropy_term(self.label_smoothing, self.class_weights, Chunks() if self.chunked or chunked else None)

@@ -9,6 +9,7 @@ from bmjax.measure.metrics import summary as summary
 from bmjax.measure.metrics import tally as tally
 from bmjax.measure.significance import Verdict as Verdict
 from bmjax.measure.significance import accuracy_interval as accuracy_interval
+from bmjax.measure.significance import examples_needed as examples_needed
 from bmjax.measure.significance import non_inferiority as non_inferiority
 from bmjax.measure.significance import tango_interval as tango_interval
 from bmjax.measure.similarity import hsic as hsic

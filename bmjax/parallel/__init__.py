@@ -1,6 +1,8 @@
 """Devices: meshes from a string, rules that partition parameters, collectives over the batch."""
 
 from bmjax.parallel import collectives as collectives
+from bmjax.parallel.launch import check_processes as check_processes
+from bmjax.parallel.launch import join as join
 from bmjax.parallel.launch import simulate as simulate
 from bmjax.parallel.mesh import batch_sharding as batch_sharding
 from bmjax.parallel.mesh import check_batch as check_batch

@@ -47,6 +47,11 @@ def automatic() -> tuple[int, int]:
     return _split.get()
 
 
+def split_by_compiler() -> bool:
+    """Whether the batch that is seen here is whole, and the compiler splits it over devices."""
+    return _axis.get() is None and _split.get()[0] > 1
+
+
 def shards() -> int:
     """In how many parts the batch is split by hand."""
     axis = _axis.get()

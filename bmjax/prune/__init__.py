@@ -15,12 +15,12 @@ from bmjax.prune.gates import Gates, hard_concrete
 from bmjax.prune.masking import AroundState, SparsifyState
 from bmjax.prune.patterns import Pattern, block, channel, groups, left_out, matrix, n_m, unstructured
 from bmjax.prune.reconstruction import sparsegpt_update, wanda_mask
-from bmjax.prune.report import Report, Row, keeps, masks, nan_scores, overview, prunes, sparsity_report
+from bmjax.prune.report import Report, Row, keeps, masks, nan_scores, overview, prunes, saved, sparsity_report
 from bmjax.prune.schedules import Schedule, constant, cubic, iterative, linear, one_shot, periodic, polynomial
 from bmjax.prune.sensitivity import Sensitivity, analyse
 from bmjax.prune.settings import Sparsity
 from bmjax.prune.sparse_training import ac_dc, rewind, rigl, sparse_evolution, static_sparse
-from bmjax.prune.straight import StraightThrough, straight_through
+from bmjax.prune.straight import StraightThrough, straight_through, through_masks
 from bmjax.prune.threshold import block_mask, kth_largest, nm_mask, topk_mask
 from bmjax.prune.transform import around, sparsify
 
@@ -86,6 +86,7 @@ __all__ = [
     "rewind",
     "rigl",
     "saliency",
+    "saved",
     "smallest",
     "sparse_evolution",
     "sparsegpt",
@@ -95,6 +96,7 @@ __all__ = [
     "static_sparse",
     "straight_through",
     "taylor",
+    "through_masks",
     "topk_mask",
     "uniform",
     "unstructured",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from bmjax import trees
 from bmjax.prune import packing
-from bmjax.prune.masking import SparsifyState
+from bmjax.prune.masking import SparsifyState, blank
 from bmjax.prune.patterns import chosen, left_out
 from bmjax.types import Params
 
@@ -64,6 +65,24 @@ def masks(opt_state: Any, params: Params | None = None) -> Params:
     for other in others:
         first = jax.tree.map(both, first, other, is_leaf=absent)
     return first
+
+
+def saved(leaves: Mapping[str, Any], params: Params) -> SparsifyState:
+    """The pruning's state, as far as its masks, of a training state that was saved as {path: array}.
+
+    Args:
+        leaves: such as `train.checkpoint.read` gives.
+        params: the parameters.
+
+    Raises:
+        ValueError: there are no masks for all parameters among the leaves, or several of them.
+    """
+    names, ending = list(trees.paths(params)), f"/masks/{next(iter(trees.paths(params)))}"
+    starts = [path.removesuffix(ending) for path in leaves if path.endswith(ending)]
+    starts = [start for start in starts if all(f"{start}/masks/{name}" in leaves for name in names)]
+    if len(starts) != 1:
+        raise ValueError(f"the saved state holds the masks of {len(starts)} prunings; expected those of one")
+    return blank(trees.map_with_path(lambda path, _: leaves[f"{starts[0]}/masks/{path}"], params))
 
 
 def keeps(opt_state: Any) -> dict[str, jax.Array]:

@@ -73,10 +73,14 @@ def straight_through(
         stacked=stacked,
     )
 
-    def view(params: Params, opt_state: Any, step: Any = None) -> Any:
-        return jax.tree.map(lambda p, mask: p if mask.ndim == 0 else _shown(p, mask), params, masks(opt_state, params))
+    return StraightThrough(masking.remember(gradual(chosen, packed=packed, free=True)), through_masks)
 
-    return StraightThrough(masking.remember(gradual(chosen, packed=packed, free=True)), view)
+
+def through_masks(params: Params, opt_state: Any, step: Any = None) -> Any:
+    """The view of `straight_through`, which needs nothing but the masks in the optimiser's state: the parameters, zero where
+    they are hidden.
+    """
+    return jax.tree.map(lambda p, mask: p if mask.ndim == 0 else _shown(p, mask), params, masks(opt_state, params))
 
 
 @jax.custom_jvp

@@ -186,6 +186,7 @@ def check(bench: Bench, problem: Problem, run: Run, frozen: Frozen = None) -> No
         ValueError: the batch does not divide over mesh and microbatches, a term does not fit the model, teacher or data, a
             schedule begins or ends at what cannot be, or the data cannot be augmented so.
     """
+    executors.choose(run.executor, bench.mesh)  # first, as partitioning the parameters logs what it cannot split
     parallel.check_batch(bench.data.batch, bench.mesh, problem.accumulate)
     problem.check_schedules(run.steps)
     example = data.train_batches(bench.dataset.train, bench.data.batch, bench.seed, run.augment)[0]
