@@ -137,7 +137,7 @@ def trainers(rows: int, length: int, only: list[str], jaxpruner: pathlib.Path | 
     def stepper(tx, view):
         def step(state):
             params, opt_state = state
-            seen = (lambda p: loss(view(p, opt_state))) if view else loss
+            seen = trace.where_used(lambda p: loss(view(p, opt_state))) if view else loss
             value, grads = jax.value_and_grad(seen)(params)
             updates, opt_state = tx.update(grads, opt_state, params)
             return (optax.apply_updates(params, updates), opt_state), value

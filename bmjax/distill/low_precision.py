@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn
+from jax.tree_util import Partial
 
 from bmjax import trace, trees
 from bmjax.types import Batch, Model, Outputs, Params
 
 PRECISIONS = ("bfloat16", "int8")
-_INLINED = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2", "custom_jvp_call", "custom_vjp_call"}
 
 
 class Int8(NamedTuple):
@@ -44,7 +44,7 @@ class Int8(NamedTuple):
 
     def dense(self) -> jax.Array:
         """The array, in the scale's dtype."""
-        return self.values.astype(self.scale.dtype) * self.scale
+        return _product(*self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +122,8 @@ class LowPrecision:
         if self.dtype == "bfloat16":
             outputs, model_state = forward(leaves, model_state, {**batch, "inputs": _cast(batch["inputs"], jnp.bfloat16)}, rngs)
         else:
-            outputs, model_state = _late(forward, leaves, model_state, dict(batch), rngs)
+            run = trace.where_used(forward, {"gather": _look_up})
+            outputs, model_state = run([_late(leaf) for leaf in leaves], model_state, dict(batch), rngs)
         logits, features = _cast((outputs.logits, outputs.features), jnp.float32)
         return outputs._replace(logits=logits, features=features), model_state
 
@@ -161,10 +162,6 @@ def _is_int8(x: Any) -> bool:
     return isinstance(x, Int8)
 
 
-def _dense(x: Any) -> Any:
-    return x.dense() if _is_int8(x) else x
-
-
 def _cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
@@ -180,62 +177,24 @@ def _contracted(model: Model, params: Params, batch: Batch) -> dict[str, int]:
     return {**kernels, **tables}
 
 
-def _late(fn: Any, leaves: list[Any], *args: Any) -> Any:
-    """`fn(leaves, *args)`, where int8 leaves become floating at their first use."""
-    like = [jax.ShapeDtypeStruct(x.values.shape, x.scale.dtype) if _is_int8(x) else x for x in leaves]
-    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(like, *args)
-    found = _run(closed.jaxpr, closed.consts, [*leaves, *jax.tree.leaves(args)])
-    return jax.tree.unflatten(jax.tree.structure(shapes), [_dense(x) for x in found])
+def _late(x: Any) -> Any:
+    return Partial(_product, *x) if _is_int8(x) else x
 
 
-def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args)))
-    read = lambda var: var.val if isinstance(var, Literal) else env[var]
-    for eqn in jaxpr.eqns:
-        inputs, outputs = [read(var) for var in eqn.invars], list[Any]()
-        if eqn.primitive.name == "scan":
-            outputs = _scan(eqn, inputs)
-        elif eqn.primitive.name == "gather" and _is_int8(inputs[0]):
-            outputs = list(_look_up(eqn, *inputs))
-        elif eqn.primitive.name in _INLINED:
-            inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
-            outputs = _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), inputs)
-        else:
-            outputs = list(_bind(eqn, [_dense(x) for x in inputs]))
-        env.update(zip(eqn.outvars, outputs))
-    return [read(var) for var in jaxpr.outvars]
+def _product(values: jax.Array, scale: jax.Array) -> jax.Array:
+    return values.astype(scale.dtype) * scale
 
 
-def _bind(eqn: JaxprEqn, inputs: Sequence[Any], **changes: Any) -> Sequence[Any]:
-    found = eqn.primitive.get_bind_params({**eqn.params, **changes})
-    functions, params = found if isinstance(found, tuple) else ((), found)  # a tuple before jax 0.10
-    outputs = eqn.primitive.bind(*functions, *inputs, **params)
-    return outputs if eqn.primitive.multiple_results else [outputs]
-
-
-def _look_up(eqn: JaxprEqn, table: Int8, indices: Any) -> Sequence[Any]:
+def _look_up(eqn: JaxprEqn, inputs: Sequence[Any]) -> Sequence[Any] | None:
     """Rows of a table and their scales, if the scales are for whole rows."""
+    table, indices = inputs
     sizes = eqn.params["slice_sizes"]
-    if any(scale == 1 and size != full for size, full, scale in zip(sizes, table.values.shape, table.scale.shape)):
-        return _bind(eqn, [table.dense(), indices])
+    if not (isinstance(table, Partial) and table.func is _product):
+        return None
+    values, scale = table.args
+    if any(width == 1 and size != full for size, full, width in zip(sizes, values.shape, scale.shape)):
+        return None
     # What lies outside of the table is filled in by the scale: int8 has no NaN.
-    values = _bind(eqn, [table.values, indices], fill_value=0)[0]
-    whole = tuple(min(size, n) for size, n in zip(sizes, table.scale.shape))
-    return [Int8(values, _bind(eqn, [table.scale, indices], slice_sizes=whole)[0]).dense()]
-
-
-def _scan(eqn: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
-    """The scan with int8 arrays among what it goes through: each step makes its own layer floating."""
-    params = eqn.params
-    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
-    inner, consts = params["jaxpr"], inputs[:first]
-
-    def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
-        found = [_dense(x) for x in _run(inner.jaxpr, inner.consts, [*consts, *carry, *xs])]
-        return found[: last - first], found[last - first :]
-
-    # A scale that all layers share cannot be gone through with the values.
-    xs = [_dense(x) if _is_int8(x) and len(x.scale) != len(x.values) else x for x in inputs[last:]]
-    how = {"length": params["length"], "reverse": params["reverse"], "unroll": params["unroll"]}
-    carry, ys = jax.lax.scan(body, [_dense(x) for x in inputs[first:last]], xs, **how)
-    return [*carry, *ys]
+    rows = trace.bind(eqn, [values, indices], fill_value=0)[0]
+    whole = tuple(min(size, n) for size, n in zip(sizes, scale.shape))
+    return [_product(rows, trace.bind(eqn, [scale, indices], slice_sizes=whole)[0])]

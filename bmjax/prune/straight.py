@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bmjax import trace
 from bmjax.prune import masking, plan
 from bmjax.prune.allocation import Allocation
 from bmjax.prune.criteria import Criterion
@@ -47,7 +48,9 @@ def straight_through(
 
         st = prune.straight_through(sparsity=0.9)
         tx = optax.chain(st.tx, optax.adamw(1e-3))
-        loss = lambda params: model(st.view(params, opt_state), batch)
+        loss = trace.where_used(lambda params: model(st.view(params, opt_state), batch))
+
+    Without `trace.where_used` the loss is the same, and the masked weights are a copy of the whole model.
 
     The gradient of a hidden weight is that of the weight the forward pass saw in its place. Bengio et al. 2013, arXiv 1308.3432;
     with n:m Zhou et al. 2021 (SR-STE, without its decay), arXiv 2102.04010; by magnitude with the top fraction Jayakumar et al.
@@ -84,10 +87,13 @@ def through_masks(params: Params, opt_state: Any, step: Any = None) -> Any:
 
 
 @jax.custom_jvp
-def _shown(p: jax.Array, mask: jax.Array) -> jax.Array:
+def _masked(p: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, p, jnp.zeros((), p.dtype))
 
 
-@_shown.defjvp
-def _shown_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
-    return _shown(*primals), tangents[0]
+@_masked.defjvp
+def _masked_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
+    return _masked(*primals), tangents[0]
+
+
+_shown = trace.late(_masked)

@@ -40,13 +40,13 @@ def _equation(eqn: JaxprEqn) -> int:
         kernel = shape(eqn.invars[1])
         per_output = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(shape(eqn.outvars[0])) * per_output // params["batch_group_count"]
-    inner = [_count(body) for body in _bodies(params)]
+    inner = [_count(body) for body in bodies(params)]
     if name == "cond":
         return max(inner)
     return sum(inner) * params["length"] if name == "scan" else sum(inner)
 
 
-def _bodies(params: dict[str, Any]) -> Iterator[Jaxpr]:
+def bodies(params: dict[str, Any]) -> Iterator[Jaxpr]:
     """The jaxprs among an equation's parameters."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else (value,):

@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from bmjax.trace.bind import bind
 from bmjax.trace.terms import Atom, Axes, Term, kept, kept_before
 from bmjax.trace.walk import Equation, Frame, Shape
 
@@ -27,11 +28,7 @@ class Replay:
 
     def bind(self, equation: Equation, inputs: Sequence[Any], **changes: Any) -> Sequence[Any]:
         """Runs an equation's primitive with some of its parameters changed."""
-        primitive = equation.eqn.primitive
-        found = primitive.get_bind_params({**equation.params, **changes})
-        functions, params = found if isinstance(found, tuple) else ((), found)  # a tuple before jax 0.10
-        outputs = primitive.bind(*functions, *inputs, **params)
-        return outputs if primitive.multiple_results else [outputs]
+        return bind(equation.eqn, inputs, **changes)
 
     def run(self, frame: Frame, inputs: Sequence[Any]) -> list[Any]:
         """The frame's outputs for inputs of the sizes that are left."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bmjax import trees
+from bmjax import trace, trees
 from bmjax.losses import schedules
 from bmjax.parallel import collectives
 from bmjax.train import precision
@@ -159,14 +159,13 @@ def _forward(
         logits, features, hidden = collectives.rows((outputs.logits, outputs.features, hidden))
         return Outputs(logits, features, (hidden, *layer) if outputs.head else None)
 
-    student, renewed = problem.model.apply(
-        precision.narrow(_seen(problem, params["model"], state), dtype),
-        model_state,
-        narrowed,
-        train=True,
-        rngs={"dropout": _step_key(state)},
-        capture=student_capture,
-    )
+    def forward(params: Params, model_state: Params, batch: Batch) -> tuple[Outputs, Params]:
+        seen = precision.narrow(_seen(problem, params, state), dtype)
+        rngs = {"dropout": _step_key(state)}
+        return problem.model.apply(seen, model_state, batch, train=True, rngs=rngs, capture=student_capture)
+
+    forward = trace.where_used(forward) if problem.views else forward
+    student, renewed = forward(params["model"], model_state, narrowed)
     renewed = _renewed("the model's state", "collectives.moments or collectives.psum", model_state, renewed)
     partner = problem.partner
     if partner is None:
