@@ -222,8 +222,9 @@ def test_samples_bound_what_is_read():
     )
 
 
-def test_a_method_of_ones_own_sees_the_pruned_network():
-    """Keeps the first input of each layer only; the second layer then sees what that makes."""
+@pytest.mark.parametrize(("own", "asked"), [("pruned", None), ("dense", None), ("dense", "pruned"), ("pruned", "dense")])
+def test_a_method_sees_the_pruned_network_or_the_dense_one(own, asked):
+    """Keeps the first input of each layer only; the second layer sees what that makes, or what was there before."""
     seen = []
 
     def first_only(kernel, inputs, target):
@@ -232,10 +233,25 @@ def test_a_method_of_ones_own_sees_the_pruned_network():
         return jnp.where(mask, kernel, 0), mask, "mine"
 
     params, x = {"a": kernel(4, 6), "b": kernel(6, 2)}, correlated(8, 4)
-    found = layerwise(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params, [x], Method(first_only), sparsity=0.5)
-    np.testing.assert_allclose(seen[1], (np.tanh(x[:, :1] @ params["a"][:1]) ** 2).mean(0), rtol=1e-5)
+    fn, method = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], Method(first_only, inputs=own)
+    found = layerwise(fn, params, [x], method, sparsity=0.5, inputs=asked)
+    used = 1 if (asked or own) == "pruned" else 4
+    np.testing.assert_allclose(seen[1], (np.tanh(x[:, :used] @ params["a"][:used]) ** 2).mean(0), rtol=1e-5)
     assert [(row.path, row.layer, row.note) for row in found.rows] == [("a", (), "mine"), ("b", (), "mine")]
     np.testing.assert_allclose([row.sparsity for row in found.rows], [3 / 4, 5 / 6], rtol=1e-6)
+    for name in ("a", "b"):
+        np.testing.assert_array_equal(found.params[name], np.where(found.masks[name], params[name], 0))
+
+
+def test_stacked_layers_are_all_pruned_by_the_dense_network():
+    params, x = {"layers": jnp.stack([kernel(4, 4) for _ in range(3)])}, correlated(8, 4)
+    fn = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]
+    found = layerwise(fn, params, [x], wanda(), n=2, m=4)
+    h = x
+    for i, w in enumerate(np.asarray(params["layers"])):
+        np.testing.assert_array_equal(found.masks["layers"][i], wanda_mask(w, (h**2).mean(0), n=2, m=4))
+        h = np.tanh(h @ w)
+    np.testing.assert_array_equal(found.params["layers"], np.where(found.masks["layers"], params["layers"], 0))
 
 
 def test_kernels_in_bfloat16_stay_so():

@@ -73,6 +73,7 @@ def test_one_batch_of_padding_among_others_and_a_note_of_few_examples():
         ({"allocation": "uniform"}, r"the allocation is 'uniform'; expected what one of these gives: uniform\(\)"),
         ({"sparsity": "0.5"}, "the sparsity is '0.5'; expected a number"),
         ({"sparsity": None, "n": 2.0, "m": 4}, "n of the pattern n:m is 2.0; expected an int"),
+        ({"inputs": "sparse"}, "inputs is 'sparse'; expected 'pruned' or 'dense'"),
         ({"samples": 2.5}, "number of samples is 2.5; expected an int"),
         ({"kernel": KERNEL.astype(np.int32)}, "kernel is to be pruned and is int32; expected float32"),
         ({"kernel": KERNEL.astype(np.complex64)}, "kernel is to be pruned and is complex64; expected float32"),

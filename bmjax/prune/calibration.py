@@ -1,4 +1,4 @@
-"""Pruning without training, on calibration data: layer by layer, each seeing what the pruned layers before it make.
+"""Pruning without training, on calibration data: layer by layer, each seeing what the layers before it make.
 
     found = prune.layerwise(model, params, batches, prune.sparsegpt(), n=2, m=4)
 
@@ -32,11 +32,14 @@ class Method(NamedTuple):
         apply: (kernel [in, out] float32, what enters it, target) -> (kernel, mask, a note or "").
         check: raises ValueError for settings that do not go with a target.
         name: for messages.
+        inputs: what enters a layer, when a call does not say: "pruned", what the pruned layers before it make, or "dense", what
+            the network made before anything was pruned.
     """
 
     apply: Callable[[jax.Array, Inputs, Target], tuple[jax.Array, jax.Array, str]]
     check: Callable[[Target], None] = lambda target: None
     name: str = "this method"
+    inputs: str = "pruned"
 
 
 class LayerRow(NamedTuple):
@@ -47,7 +50,7 @@ class LayerRow(NamedTuple):
         layer: which of a stacked parameter, one number for each scan around it; () outside scans.
         size: number of weights.
         sparsity: fraction of them that was dropped.
-        error: |X (W - W')|^2 / |X W|^2 on the calibration data, X being what enters the layer when those before it are pruned.
+        error: |X (W - W')|^2 / |X W|^2 on the calibration data, X being what enters the layer by the call's `inputs`.
         note: what was out of the ordinary, or "".
     """
 
@@ -78,13 +81,17 @@ class Calibrated(NamedTuple):
 
 
 def wanda() -> Method:
-    """The inputs with the smallest |W| ||x||, output by output; weights stay as they are. See `wanda_mask`."""
+    """The inputs with the smallest |W| ||x||, output by output; weights stay as they are. See `wanda_mask`.
+
+    By the inputs of the dense network: where nothing makes up for what is lost, an input that the pruned layers before have
+    weakened would count less and be weakened again.
+    """
 
     def apply(kernel: jax.Array, inputs: Inputs, target: Target) -> tuple[jax.Array, jax.Array, str]:
         mask = reconstruction.by_scores(kernel, inputs.square_mean(), target)
         return jnp.where(mask, kernel, 0.0), mask, ""
 
-    return Method(apply, name="wanda")
+    return Method(apply, name="wanda", inputs="dense")
 
 
 def sparsegpt(block: int = 128, damp: float = 0.01) -> Method:
@@ -126,6 +133,7 @@ def layerwise(
     allocation: Allocation | None = None,
     samples: int | None = 128,
     state: Params = None,
+    inputs: str | None = None,
 ) -> Calibrated:
     """Prunes the linear layers of a model on calibration data, one after the other; no training, no gradients.
 
@@ -146,6 +154,7 @@ def layerwise(
         samples: examples to use; batches are read until there are as many. If there are fewer, `note` of what is returned says
             so. None for all.
         state: the model's state, such as batch statistics.
+        inputs: "pruned" or "dense", what a layer sees, as for `Method`; the method's own if None.
 
     Raises:
         ValueError: before any layer is pruned: no data, without examples or all of weight 0, or batches of several shapes; an
@@ -155,6 +164,9 @@ def layerwise(
     """
     target = Target(sparsity, n, m)
     _check(target, method, allocation, samples)
+    inputs = method.inputs if inputs is None else inputs
+    if inputs not in ("pruned", "dense"):
+        raise ValueError(f"inputs is {inputs!r}; expected 'pruned' or 'dense', the network whose activations enter each layer")
     paths = patterns.chosen(params, where)
     leaves = trees.paths(params)
     kinds.floats(leaves, paths)
@@ -172,7 +184,7 @@ def layerwise(
     targets = [target] * len(found.layers)
     if allocation is not None and allocation.outliers is not None:
         targets = by_outliers(found, params, data, target, allocation.outliers)
-    return _prune(found, params, data, method, iter(targets))._replace(left=left, note=note)
+    return _prune(found, params, data, method, iter(targets), inputs)._replace(left=left, note=note)
 
 
 def _check(target: Target, method: Method, allocation: Allocation | None, samples: int | None) -> None:
@@ -230,12 +242,15 @@ def _examples(batch: Any, number: int) -> int:
     return int(first.shape[0])
 
 
-def _prune(found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target]) -> Calibrated:
+def _prune(
+    found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target], seen: str
+) -> Calibrated:
     leaves = trees.paths(params)
     masks = {layer.path: _all_true(leaves[layer.path]) for layer in found.layers}
+    aside: dict[str, jax.Array] = {}  # pruned, while the pass goes on with the dense kernels
     rows: list[LayerRow] = []
 
-    def visit(layer: Linear, kernel: jax.Array, inputs: Inputs) -> jax.Array:
+    def visit(layer: Linear, kernel: jax.Array, inputs: Inputs) -> jax.Array | None:
         new, mask, note = method.apply(kernel.astype(jnp.float32), inputs, next(targets))
         new = new.astype(kernel.dtype)
         error = inputs.relative_error(kernel, new)
@@ -244,9 +259,13 @@ def _prune(found: Linears, params: Params, data: list[Any], method: Method, targ
         masks[layer.path] = layer.put(masks[layer.path], mask, donate=True)
         dropped = 1.0 - int(jnp.count_nonzero(mask)) / mask.size
         rows.append(LayerRow(layer.path, layer.at, mask.size, dropped, error, note))
-        return new
+        if seen == "pruned":
+            return new
+        before = aside.get(layer.path, jnp.asarray(leaves[layer.path]))
+        aside[layer.path] = layer.put(before, new, donate=layer.path in aside)
+        return None
 
-    new = found.stream(params, data, visit)
+    new = trees.replace(found.stream(params, data, visit), aside)
     tree = trees.map_with_path(lambda path, leaf: masks.get(path, jnp.asarray(True)), params)
     return Calibrated(new, tree, tuple(rows), {})
 
