@@ -21,7 +21,8 @@ import rich.table
 from bmjax import distill, losses
 
 WANTED = 1 / 8
-LOSSES = ("kd", "soft_cross_entropy", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "cross_entropy")
+LOSSES = ("kd", "soft_cross_entropy", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "dkd")
+LOSSES += ("logit_standardized_kd", "cross_entropy")
 
 
 def main() -> None:
@@ -63,14 +64,21 @@ def plain(name: str) -> Callable[..., jax.Array]:
     logits = lambda hidden, kernel, bias: hidden @ kernel + bias
     if name == "cross_entropy":
         return lambda student, teacher, targets: losses.cross_entropy(logits(*student), targets)
-    return lambda student, teacher, targets: getattr(distill, name)(logits(*student), logits(*teacher))
+    fn = getattr(distill, name)
+    return lambda student, teacher, targets: fn(logits(*student), logits(*teacher), **labels(name, targets))
 
 
 def fused(name: str, chunks: losses.Chunks) -> Callable[..., jax.Array]:
     """The same in tiles."""
     if name == "cross_entropy":
         return lambda student, teacher, targets: losses.head_cross_entropy(student, targets, chunks=chunks)
-    return lambda student, teacher, targets: getattr(distill.vocabulary, name)(student, teacher, chunks=chunks)
+    fn = getattr(distill.vocabulary, name)
+    return lambda student, teacher, targets: fn(student, teacher, **labels(name, targets), chunks=chunks)
+
+
+def labels(name: str, targets: jax.Array) -> dict[str, jax.Array]:
+    """For the loss that takes them."""
+    return {"labels": targets} if name == "dkd" else {}
 
 
 def temporaries(fn: Callable[..., jax.Array], tied: bool, head: Any, targets: Any) -> int:

@@ -28,6 +28,7 @@ from bmjax.types import Context, Outputs
 V, ITEMS = 37, (13,)  # both prime: no size of a tile divides them
 ODD = Chunks(4, 7)
 KD = distill.vocabulary.kd
+LABELS = jnp.asarray(np.random.default_rng(7).integers(17, 35, ITEMS))  # none of those that are masked below
 FUSED = {
     "kd": {"temperature": 3.0},
     "soft_cross_entropy": {"temperature": 2.0, "t_squared": False},
@@ -36,6 +37,8 @@ FUSED = {
     "skew_kl": {"alpha": 0.2},
     "skew_reverse_kl": {"alpha": 0.2},
     "tvd": {},
+    "dkd": {"alpha": 0.5, "beta": 2.0, "temperature": 3.0},
+    "logit_standardized_kd": {"temperature": 1.5},
 }
 
 
@@ -80,8 +83,9 @@ def test_values_and_gradients_are_those_of_the_plain_function(name):
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))
 
-    one = by(lambda s, t: plain(logits(s), logits(t), **kw))
-    other = by(lambda s, t: fused(s, t, chunks=ODD, **kw))
+    more = {"labels": LABELS} if name == "dkd" else {}
+    one = by(lambda s, t: plain(logits(s), logits(t), **more, **kw))
+    other = by(lambda s, t: fused(s, t, chunks=ODD, **more, **kw))
     for case, pair in PAIRS.items():
         ((_, want), slopes), ((_, got), found) = one(*pair), other(*pair)
         assert np.isfinite(want).all(), case
@@ -241,8 +245,13 @@ def test_a_partitioned_vocabulary_stays_where_it_is():
 
     def loss(chunks, student, teacher, labels):
         if chunks is None:
-            return jnp.mean(distill.kd(logits(student), logits(teacher)) + losses.cross_entropy(logits(student), labels))
-        return jnp.mean(KD(student, teacher, chunks=chunks) + losses.head_cross_entropy(student, labels, chunks=chunks))
+            s, t = logits(student), logits(teacher)
+            values = (distill.kd(s, t), distill.dkd(s, t, labels), distill.logit_standardized_kd(s, t))
+            return jnp.mean(sum(values) + losses.cross_entropy(s, labels))
+        fused, how = distill.vocabulary, {"chunks": chunks}
+        values = KD(student, teacher, **how), fused.dkd(student, teacher, labels, **how)
+        values += (fused.logit_standardized_kd(student, teacher, **how),)
+        return jnp.mean(sum(values) + losses.head_cross_entropy(student, labels, **how))
 
     place = lambda *spec: NamedSharding(mesh, P(*spec))
     layout = (place("data"), place(None, "tensor"), place("tensor"))
@@ -269,11 +278,15 @@ B, T, CLASSES = 8, 6, 224
 PLAIN = {
     "ce": (0.5, losses.cross_entropy_term(0.1)),
     "kd": (0.5, losses.on_logits(distill.kd, temperature=2.0)),
+    "dkd": (0.1, losses.on_logits(distill.dkd, beta=2.0)),
+    "standardised": (0.1, losses.on_logits(distill.logit_standardized_kd)),
 }
 TILES = Chunks(5, 50)
 CHUNKED = {
     "ce": (0.5, losses.cross_entropy_term(0.1, chunks=TILES)),
     "kd": (0.5, losses.on_head(KD, chunks=TILES, temperature=2.0)),
+    "dkd": (0.1, losses.on_head(distill.vocabulary.dkd, chunks=TILES, beta=2.0)),
+    "standardised": (0.1, losses.on_head(distill.vocabulary.logit_standardized_kd, chunks=TILES)),
 }
 PLACES = [("data=8", "replicated"), ("data=2,fsdp=2,tensor=2", "partitioned"), ("data=4,tensor=2", "hybrid")]
 
@@ -376,6 +389,7 @@ def test_terms_weigh_items_and_mix_targets_as_those_on_logits():
     one = {"targets": rng.integers(0, V, shape), "targets_b": rng.integers(0, V, shape)}
     pairs = [
         (losses.on_logits(distill.kd, 0.5, temperature=2.0), losses.on_head(KD, 0.5, temperature=2.0, chunks=ODD)),
+        (losses.on_logits(distill.dkd), losses.on_head(distill.vocabulary.dkd, chunks=ODD)),
         (losses.on_logits(in_words, 2.0), losses.on_head(losses.head_cross_entropy, 2.0, chunks=ODD)),
         tuple(losses.cross_entropy_term(0.1, class_weights, chunks) for chunks in (None, ODD)),
     ]
@@ -462,5 +476,5 @@ def test_the_config_chooses_the_form():
     taught = Teacher(pretrained="a", distill=Distill(loss="reverse_kl", chunked=True))
     chunked = jobs.Config(teacher=taught).objective()[1]  # the one flag is enough
     np.testing.assert_allclose(*found(student, teacher), rtol=1e-5)
-    with pytest.raises(ValueError, match="no chunked form of dkd; set chunked to False, or take one of kd, soft_cross_entropy"):
-        Distill(loss="dkd", chunked=True).validate()
+    with pytest.raises(ValueError, match="no chunked form of dist; set chunked to False, or take one of kd, dkd, logit_"):
+        Distill(loss="dist", chunked=True).validate()

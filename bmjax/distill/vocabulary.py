@@ -15,8 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.distill.divergences import jsd_summand, mixture_summand, tvd_summand
-from bmjax.distill.numerics import UNDERFLOW, bounded, check_share, check_temperature, entropy_summand, known, squared
-from bmjax.losses import Chunks, Summand, head_divergence
+from bmjax.distill.numerics import (
+    UNDERFLOW,
+    bounded,
+    check_share,
+    check_temperature,
+    entropy_summand,
+    known,
+    relative_entropy,
+    squared,
+)
+from bmjax.losses import Chunks, Summand, head_coarse, head_deviation, head_divergence
 
 HeadLike: TypeAlias = tuple[jax.Array, jax.Array, jax.Array | None]  # hidden [..., D], kernel [D, V], bias [V]
 
@@ -141,6 +150,42 @@ def tvd(
 ) -> jax.Array:
     """`distill.tvd` of two heads: half the sum of |p_t - p_s|, without T^2. Arguments and errors as for `kd`."""
     return _fused("tvd", tvd_summand, student, teacher, temperature, False, chunks)
+
+
+def dkd(
+    student: HeadLike,
+    teacher: HeadLike,
+    labels: jax.Array,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    temperature: float = 4.0,
+    t_squared: bool = True,
+    chunks: Chunks = Chunks(),  # noqa: B008
+) -> jax.Array:
+    """`distill.dkd` of two heads: T^2 (alpha TCKD + beta NCKD). As for `kd`; labels [...] int in [0, V)."""
+    check_temperature(temperature)
+    others = head_divergence(_forward, student, teacher, temperature, chunks, without=labels, name="dkd")
+    pair = (head_coarse(head, labels[..., None], temperature, chunks) for head in (student, teacher))
+    log_q, log_p = (jax.nn.log_softmax(z) for z in pair)  # of the label, and of all others
+    binary = relative_entropy(jax.lax.stop_gradient(log_p), log_q)
+    return squared(alpha * binary + beta * others, temperature, t_squared)
+
+
+def logit_standardized_kd(
+    student: HeadLike,
+    teacher: HeadLike,
+    temperature: float = 2.0,
+    t_squared: bool = True,
+    chunks: Chunks = Chunks(),  # noqa: B008
+) -> jax.Array:
+    """`distill.logit_standardized_kd` of two heads. Arguments and errors as for `kd`.
+
+    A softmax does not see the mean, so that to divide an item's logits by their deviation is to give it a temperature of its own.
+    """
+    check_temperature(temperature)
+    warmth = tuple(temperature * head_deviation(head, chunks) for head in (student, teacher))
+    values = head_divergence(_forward, student, teacher, warmth, chunks, name="logit_standardized_kd")
+    return squared(values, temperature, t_squared)
 
 
 def _fused(

@@ -3,6 +3,7 @@
 from bmjax.losses.cached import on_cached as on_cached
 from bmjax.losses.cached import on_cached_head as on_cached_head
 from bmjax.losses.coarse import head_coarse as head_coarse
+from bmjax.losses.deviation import head_deviation as head_deviation
 from bmjax.losses.features import on_features as on_features
 from bmjax.losses.fused import Summand as Summand
 from bmjax.losses.fused import head_cross_entropy as head_cross_entropy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +49,10 @@ def head_divergence(
     summand: Summand,
     student: tuple[jax.Array, jax.Array, jax.Array | None],
     teacher: tuple[jax.Array, jax.Array, jax.Array | None],
-    temperature: float | jax.Array = 1.0,
+    temperature: float | jax.Array | tuple[jax.Array, jax.Array] = 1.0,
     chunks: Chunks = Chunks(),  # noqa: B008  # a tuple of numbers
     *,
+    without: jax.Array | None = None,
     name: str = "the divergence",
 ) -> jax.Array:
     """The sum over the classes of summand(log p_s, log p_t), p = softmax((hidden @ kernel + bias) / T).
@@ -62,8 +63,10 @@ def head_divergence(
     Args:
         summand: elementwise on float32 arrays of one shape; log-probabilities may be -inf. Its derivative must be finite there.
         student, teacher: heads, (hidden [..., D], kernel [D, V], bias [V] or None); each has its own D.
-        temperature: above 0.
+        temperature: above 0. A pair has one for each item [...], of the student and of the teacher; the student's gets its
+            gradient then.
         chunks: how much of the logits exists at a time.
+        without: [...] int, a class of each item that takes no part: its log-probabilities are -inf.
         name: for errors.
 
     Returns:
@@ -73,17 +76,24 @@ def head_divergence(
         ValueError: items or vocabularies that differ, or a head whose own shapes do not go together.
     """
     mine, theirs = _flat(name, student), _flat(name, teacher)
-    if student[0].shape[:-1] != teacher[0].shape[:-1]:
+    items = student[0].shape[:-1]
+    if items != teacher[0].shape[:-1]:
         raise ValueError(
             f"{name}: the student's hidden is {list(student[0].shape)} and the teacher's {list(teacher[0].shape)}; all axes but "
             "the last must agree"
         )
     if mine.kernel.shape[1] != theirs.kernel.shape[1]:
         raise ValueError(different(name, mine.kernel.shape[1], theirs.kernel.shape[1]))
+    if without is not None and without.shape != items:
+        raise ValueError(f"{name}: labels {list(without.shape)} for hidden {list(student[0].shape)}; give one for each item")
     sizes = tiles.plan(len(mine.hidden), mine.kernel.shape[1], chunks)
-    theirs, scale = jax.lax.stop_gradient((theirs, jnp.float32(temperature)))
-    mine, theirs, scale = collectives.vary_as((mine, theirs, scale), (mine, theirs, scale))
-    return _divergence(summand, sizes, mine, theirs, scale).reshape(student[0].shape[:-1])
+    given = temperature if isinstance(temperature, tuple) else (jax.lax.stop_gradient(jnp.float32(temperature)),) * 2
+    own, other = (jnp.broadcast_to(t, items).reshape(-1).astype(jnp.float32) for t in given)
+    theirs, other = jax.lax.stop_gradient((theirs, other))
+    apart = None if without is None else without.reshape(-1)
+    mine, theirs, own, other = collectives.vary_as((mine, theirs, own, other), (mine, theirs, own, other, apart))
+    static = _Static(summand, sizes, isinstance(temperature, tuple))
+    return _divergence(static, mine, theirs, own, other, apart).reshape(items)
 
 
 def _flat(name: str, head: tuple[jax.Array, jax.Array, jax.Array | None]) -> Head:
@@ -142,58 +152,95 @@ def _cross_entropy_backward(sizes: Plan, smoothing: float, kept: Any, cotangent:
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _divergence(summand: Summand, sizes: Plan, student: Head, teacher: Head, temperature: jax.Array) -> jax.Array:
-    heads = [_rounds(sizes, head) for head in (student, teacher)]
-    return _sums(summand, sizes, heads, temperature, _normalizations(sizes, heads, temperature), slopes=False)[0]
+class _Static(NamedTuple):
+    """What is known of a divergence before it is compiled; `warm` if the student's temperatures get a gradient."""
+
+    summand: Summand
+    sizes: Plan
+    warm: bool
+
+
+class _Items(NamedTuple):
+    """Of each item [rounds, n]: both temperatures, both normalisations, and the class that is left out."""
+
+    own: jax.Array
+    other: jax.Array
+    norms: tuple[jax.Array, ...]
+    without: jax.Array | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _divergence(
+    static: _Static, student: Head, teacher: Head, own: jax.Array, other: jax.Array, without: jax.Array | None
+) -> jax.Array:
+    heads = [_rounds(static.sizes, head) for head in (student, teacher)]
+    return _sums(static, heads, _items(static.sizes, heads, own, other, without), slopes=False)[0]
 
 
 def _divergence_forward(
-    summand: Summand, sizes: Plan, student: Head, teacher: Head, temperature: jax.Array
+    static: _Static, student: Head, teacher: Head, own: jax.Array, other: jax.Array, without: jax.Array | None
 ) -> tuple[jax.Array, Any]:
+    heads = [_rounds(static.sizes, head) for head in (student, teacher)]
+    items = _items(static.sizes, heads, own, other, without)
+    value, slopes = _sums(static, heads, items, slopes=True)
+    return value, (student, teacher, items, slopes)
+
+
+def _divergence_backward(static: _Static, kept: Any, cotangent: jax.Array) -> Any:
+    student, teacher, items, slopes = kept
+    sizes = static.sizes
+    by_own = jnp.zeros_like(cotangent)
+    if static.warm:
+        # By the temperature T: minus the sum over the classes of the slope by z / T times log p_s, over T.
+        total, product, mean = slopes
+        by_own = cotangent * tiles.join(sizes, (total * mean - product) / items.own)
+
+    def slope(where: Tile, logits: list[jax.Array], total: jax.Array, items: _Items) -> jax.Array:
+        log_s, log_t = _pair(where, logits, items)
+        return tiles.over(_summands(static.summand, log_s, log_t)[1] - jnp.exp(log_s) * total[:, None, None], items.own)
+
     heads = [_rounds(sizes, head) for head in (student, teacher)]
-    norms = _normalizations(sizes, heads, temperature)
-    value, slopes = _sums(summand, sizes, heads, temperature, norms, slopes=True)
-    return value, (student, teacher, temperature, norms, slopes)
-
-
-def _divergence_backward(summand: Summand, sizes: Plan, kept: Any, cotangent: jax.Array) -> Any:
-    student, teacher, temperature, norms, slopes = kept
-
-    def slope(where: Tile, logits: list[jax.Array], total: jax.Array, *norms: jax.Array) -> jax.Array:
-        log_s, log_t = _pair(logits, norms, temperature)
-        return (_summands(summand, log_s, log_t)[1] - jnp.exp(log_s) * total[:, None, None]) / temperature
-
-    heads = [_rounds(sizes, head) for head in (student, teacher)]
-    return tiles.pull_back(sizes, heads, slope, tiles.split(sizes, cotangent), (slopes, *norms)), None, None
+    grads = tiles.pull_back(sizes, heads, slope, tiles.split(sizes, cotangent), (slopes[0], items))
+    return grads, None, by_own, None, None
 
 
 _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
-def _normalizations(sizes: Plan, heads: list[Head], temperature: jax.Array) -> tuple[jax.Array, ...]:
-    """Largest logit and log of the sum of the student's, then of the teacher's, each [rounds, n]."""
+def _items(sizes: Plan, heads: list[Head], own: jax.Array, other: jax.Array, without: jax.Array | None) -> _Items:
+    """With the largest logit and the log of the sum of the student's, then of the teacher's."""
+    # What pads the last round has a temperature too.
+    warm = [tiles.split(sizes, temperature - 1) + 1 for temperature in (own, other)]
+    apart = None if without is None else tiles.split(sizes, without)
 
-    def tile(where: Tile, logits: list[jax.Array], sums: Any) -> tuple[jax.Array, ...]:
-        largest, total = sums
-        return tiles.grown(largest, total, logits[0], where.fresh, temperature)
+    def tile(where: Tile, logits: list[jax.Array], sums: Any, temperature: jax.Array, *apart: jax.Array) -> tuple[jax.Array, ...]:
+        return tiles.grown(*sums, _apart(where, logits[0], *apart), where.fresh, temperature)
 
-    sums = (tiles.sweep(sizes, [head], tile, tiles.nothing(sizes, -jnp.inf, 0.0)) for head in heads)
-    return tuple(part for one in sums for part in tiles.normalize(one[0], one[1], temperature))
+    norms: list[jax.Array] = []
+    for head, temperature in zip(heads, warm):
+        given = (temperature,) if apart is None else (temperature, apart)
+        sums = tiles.sweep(sizes, [head], tile, tiles.nothing(sizes, -jnp.inf, 0.0), given)
+        norms += tiles.normalize(sums[0], sums[1], temperature)
+    return _Items(warm[0], warm[1], tuple(norms), apart)
 
 
-def _sums(
-    summand: Summand, sizes: Plan, heads: list[Head], temperature: jax.Array, norms: tuple[jax.Array, ...], *, slopes: bool
-) -> tuple[jax.Array, jax.Array | None]:
-    """The loss [items], and the sum of its derivatives by log p_s [rounds, n]."""
+def _sums(static: _Static, heads: list[Head], items: _Items, *, slopes: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The loss [items], and [rounds, n]: the sum of its derivatives g' by log p_s and, if the temperatures get a gradient, the
+    sum of g' log p_s and that of p_s log p_s.
+    """
+    warm = slopes and static.warm
 
-    def tile(where: Tile, logits: list[jax.Array], sums: Any, *norms: jax.Array) -> tuple[jax.Array, ...]:
-        log_s, log_t = _pair(logits, norms, temperature)
-        found = _summands(summand, log_s, log_t) if slopes else (summand(log_s, log_t),)
+    def tile(where: Tile, logits: list[jax.Array], sums: Any, items: _Items) -> tuple[jax.Array, ...]:
+        log_s, log_t = _pair(where, logits, items)
+        found = _summands(static.summand, log_s, log_t) if slopes else (static.summand(log_s, log_t),)
+        if warm:
+            low = jnp.where(log_s > -jnp.inf, log_s, 0.0)  # a class that is ruled out does not move
+            found = (*found, found[1] * low, jnp.exp(log_s) * low)
         return tuple(before + jnp.where(where.fresh, x, 0.0).sum(-1) for before, x in zip(sums, found))
 
-    sums = tiles.sweep(sizes, heads, tile, tiles.nothing(sizes, *(0.0, 0.0) if slopes else (0.0,)), norms)
-    return tiles.join(sizes, sums[0].sum(-1)), sums[1].sum(-1) if slopes else None
+    start = tiles.nothing(static.sizes, *[0.0] * (4 if warm else 2 if slopes else 1))
+    value, *rest = tiles.sweep(static.sizes, heads, tile, start, (items,))
+    return tiles.join(static.sizes, value.sum(-1)), tuple(x.sum(-1) for x in rest)
 
 
 def _summands(summand: Summand, log_s: jax.Array, log_t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -201,7 +248,14 @@ def _summands(summand: Summand, log_s: jax.Array, log_t: jax.Array) -> tuple[jax
     return jax.jvp(lambda x: summand(x, log_t), (log_s,), (jnp.ones_like(log_s),))
 
 
-def _pair(logits: list[jax.Array], norms: tuple[jax.Array, ...], temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair(where: Tile, logits: list[jax.Array], items: _Items) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the student and of the teacher."""
-    mine = tiles.log_probabilities(logits[0], norms[0], norms[1], temperature)
-    return mine, tiles.log_probabilities(logits[1], norms[2], norms[3], temperature)
+    apart = () if items.without is None else (items.without,)
+    mine, theirs = (_apart(where, z, *apart) for z in logits)
+    log_s = tiles.log_probabilities(mine, *items.norms[:2], items.own)
+    return log_s, tiles.log_probabilities(theirs, *items.norms[2:], items.other)
+
+
+def _apart(where: Tile, logits: jax.Array, without: jax.Array | None = None) -> jax.Array:
+    """A tile's logits, -inf for the class of each item that takes no part."""
+    return logits if without is None else jnp.where(where.classes == without[:, None, None], -jnp.inf, logits)

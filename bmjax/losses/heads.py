@@ -28,8 +28,8 @@ def on_head(
     Where no other term reads the logits, the compiler drops them: no array of [batch, time, vocabulary] is left in the step.
 
     Args:
-        fn: (student's head, teacher's head, chunks=..., **kw) -> values [...], one for each item; with `labels` as the second
-            argument it gets the targets in place of a teacher; where the batch was mixed, the value is that of both targets,
+        fn: (student's head, teacher's head, chunks=..., **kw) -> values [...], one for each item. `labels` gets the
+            targets, as the second argument in place of a teacher; where the batch was mixed, the value is that of both targets,
             mixed.
         weight: multiplies the values; an optax schedule follows the step.
         vocabulary: the classes from this one on are left out in both networks, as padding at the end of one of them must be.
@@ -52,15 +52,14 @@ def on_head(
         heads = _heads(loss, student, teacher, vocabulary)
         items, scale = heads[0].hidden.shape[:-1], cast(jax.Array, loss.weight)
 
-        def value(*targets: jax.Array) -> jax.Array:
-            values = loss.call(*heads, *targets, chunks=here(chunks))
+        def value(targets: jax.Array) -> jax.Array:
+            labels = {"labels": targets} if "labels" in loss.given else {}
+            values = loss.call(*heads, **labels, chunks=here(chunks))
             if values.shape != items:
                 raise ValueError(f"{loss.name} returned {list(values.shape)} for items {list(items)}; return a value for each")
             return scale * values
 
-        if not loss.alone:
-            return Mean.of(value(), batch["weights"])
-        if "mix" not in batch:
+        if "labels" not in loss.given or "mix" not in batch:
             return Mean.of(value(batch["targets"]), batch["weights"])
         mix = batch["mix"].reshape(batch["mix"].shape + (1,) * (len(items) - batch["mix"].ndim))
         return Mean.of(mix * value(batch["targets"]) + (1 - mix) * value(batch["targets_b"]), batch["weights"])

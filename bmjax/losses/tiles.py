@@ -193,11 +193,12 @@ def pull_back(
 def grown(
     largest: jax.Array, total: jax.Array, logits: jax.Array, fresh: jax.Array, temperature: float | jax.Array = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Largest logit so far and sum of exp((logit - largest) / T), both [n, P], with a tile more."""
+    """Largest logit so far and sum of exp((logit - largest) / T), both [n, P], with a tile more; T a number or [n]."""
     logits = jnp.where(fresh, logits, -jnp.inf)
     top = jnp.maximum(largest, logits.max(-1))
     base = _finite(top)
-    return top, total * jnp.exp((largest - base) / temperature) + jnp.exp((logits - base[..., None]) / temperature).sum(-1)
+    before, more = over(largest - base, temperature), over(logits - base[..., None], temperature)
+    return top, total * jnp.exp(before) + jnp.exp(more).sum(-1)
 
 
 def normalize(largest: jax.Array, total: jax.Array, temperature: float | jax.Array = 1.0) -> tuple[jax.Array, jax.Array]:
@@ -206,7 +207,7 @@ def normalize(largest: jax.Array, total: jax.Array, temperature: float | jax.Arr
     Kept apart: at logits of 1e4 their sum has lost three decimals.
     """
     top = largest.max(-1)
-    return top, jnp.log(jnp.sum(total * jnp.exp((largest - _finite(top)[..., None]) / temperature), -1))
+    return top, jnp.log(jnp.sum(total * jnp.exp(over(largest - _finite(top)[..., None], temperature)), -1))
 
 
 def log_probabilities(logits: jax.Array, top: jax.Array, log_total: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
@@ -215,7 +216,13 @@ def log_probabilities(logits: jax.Array, top: jax.Array, log_total: jax.Array, t
     Divided after the subtraction: of two logits of 1e4 the quotients are rounded, in each pass as it is compiled, and the
     difference to the largest one is exact.
     """
-    return (logits - top[:, None, None]) / temperature - log_total[:, None, None]
+    return over(logits - top[:, None, None], temperature) - log_total[:, None, None]
+
+
+def over(x: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """x [items..., ...] / T, a number or one for each item [items...]."""
+    axes = jnp.shape(temperature)
+    return x / (jnp.reshape(temperature, axes + (1,) * (x.ndim - len(axes))) if axes else temperature)
 
 
 def nothing(plan: Plan, *fill: float) -> tuple[jax.Array, ...]:

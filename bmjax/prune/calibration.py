@@ -242,9 +242,7 @@ def _examples(batch: Any, number: int) -> int:
     return int(first.shape[0])
 
 
-def _prune(
-    found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target], seen: str
-) -> Calibrated:
+def _prune(found: Linears, params: Params, data: list[Any], method: Method, targets: Iterator[Target], seen: str) -> Calibrated:
     leaves = trees.paths(params)
     masks = {layer.path: _all_true(leaves[layer.path]) for layer in found.layers}
     aside: dict[str, jax.Array] = {}  # pruned, while the pass goes on with the dense kernels
