@@ -183,7 +183,7 @@ def logit_standardized_kd(
     A softmax does not see the mean, so that to divide an item's logits by their deviation is to give it a temperature of its own.
     """
     check_temperature(temperature)
-    warmth = tuple(temperature * head_deviation(head, chunks) for head in (student, teacher))
+    warmth = temperature * head_deviation(student, chunks), temperature * head_deviation(teacher, chunks)
     values = head_divergence(_forward, student, teacher, warmth, chunks, name="logit_standardized_kd")
     return squared(values, temperature, t_squared)
 

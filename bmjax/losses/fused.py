@@ -165,7 +165,7 @@ class _Items(NamedTuple):
 
     own: jax.Array
     other: jax.Array
-    norms: tuple[jax.Array, ...]
+    norms: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
     without: jax.Array | None
 
 
@@ -214,14 +214,14 @@ def _items(sizes: Plan, heads: list[Head], own: jax.Array, other: jax.Array, wit
     apart = None if without is None else tiles.split(sizes, without)
 
     def tile(where: Tile, logits: list[jax.Array], sums: Any, temperature: jax.Array, *apart: jax.Array) -> tuple[jax.Array, ...]:
-        return tiles.grown(*sums, _apart(where, logits[0], *apart), where.fresh, temperature)
+        return tiles.grown(sums[0], sums[1], _apart(where, logits[0], *apart), where.fresh, temperature)
 
-    norms: list[jax.Array] = []
+    norms = []
     for head, temperature in zip(heads, warm):
         given = (temperature,) if apart is None else (temperature, apart)
         sums = tiles.sweep(sizes, [head], tile, tiles.nothing(sizes, -jnp.inf, 0.0), given)
-        norms += tiles.normalize(sums[0], sums[1], temperature)
-    return _Items(warm[0], warm[1], tuple(norms), apart)
+        norms.append(tiles.normalize(sums[0], sums[1], temperature))
+    return _Items(warm[0], warm[1], (*norms[0], *norms[1]), apart)
 
 
 def _sums(static: _Static, heads: list[Head], items: _Items, *, slopes: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -232,7 +232,9 @@ def _sums(static: _Static, heads: list[Head], items: _Items, *, slopes: bool) ->
 
     def tile(where: Tile, logits: list[jax.Array], sums: Any, items: _Items) -> tuple[jax.Array, ...]:
         log_s, log_t = _pair(where, logits, items)
-        found = _summands(static.summand, log_s, log_t) if slopes else (static.summand(log_s, log_t),)
+        found: tuple[jax.Array, ...] = (static.summand(log_s, log_t),)
+        if slopes:
+            found = _summands(static.summand, log_s, log_t)
         if warm:
             low = jnp.where(log_s > -jnp.inf, log_s, 0.0)  # a class that is ruled out does not move
             found = (*found, found[1] * low, jnp.exp(log_s) * low)
@@ -252,8 +254,9 @@ def _pair(where: Tile, logits: list[jax.Array], items: _Items) -> tuple[jax.Arra
     """Log-probabilities of the student and of the teacher."""
     apart = () if items.without is None else (items.without,)
     mine, theirs = (_apart(where, z, *apart) for z in logits)
-    log_s = tiles.log_probabilities(mine, *items.norms[:2], items.own)
-    return log_s, tiles.log_probabilities(theirs, *items.norms[2:], items.other)
+    top_s, total_s, top_t, total_t = items.norms
+    log_s = tiles.log_probabilities(mine, top_s, total_s, items.own)
+    return log_s, tiles.log_probabilities(theirs, top_t, total_t, items.other)
 
 
 def _apart(where: Tile, logits: jax.Array, without: jax.Array | None = None) -> jax.Array:

@@ -116,7 +116,7 @@ def sweep(
     heads: Sequence[Head],
     tile: Callable[..., tuple[jax.Array, ...]],
     sums: tuple[jax.Array, ...],
-    given: tuple[jax.Array, ...] = (),
+    given: tuple[Any, ...] = (),
 ) -> tuple[jax.Array, ...]:
     """What `tile` makes of all tiles in turn.
 
@@ -125,7 +125,7 @@ def sweep(
         heads: whose logits are computed; hidden as `split` returns it.
         tile: (Tile, logits [n, P, size] float32 of each head, sums, *given) -> sums, for the tokens of one round.
         sums: arrays [rounds, n, ...] to begin with.
-        given: arrays [rounds, n, ...] that a tile reads.
+        given: arrays [rounds, n, ...] that a tile reads, or trees of them.
     """
 
     def step(sums: tuple[jax.Array, ...], i: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
@@ -146,7 +146,7 @@ def pull_back(
     heads: Sequence[Head],
     slope: Callable[..., jax.Array],
     cotangent: jax.Array,
-    given: tuple[jax.Array, ...] = (),
+    given: tuple[Any, ...] = (),
 ) -> Head:
     """The gradient of the first head, in its dtypes and shapes, hidden as [items, D].
 
