@@ -119,7 +119,7 @@ def method(name: str, tx: Any, sparsity: float, steps: int, seed: int, stacked: 
 
     def straight() -> tuple[Any, tuple[Any, ...]]:
         st = prune.straight_through(**{**gradual, "every": min(every, 10)})
-        return optax.chain(st.tx, tx), (st.view,)
+        return optax.chain(tx, st.tx), (st.view,)
 
     made: dict[str, Callable[[], tuple[Any, tuple[Any, ...]]]] = {
         "dense": lambda: (tx, ()),

@@ -51,8 +51,8 @@ def ours(axes):
         "saliency": (prune.around(adamw, prune.saliency(), sparsity=SPARSITY, **how), None),
         "RigL": (prune.rigl(adamw, **forever), None),
         "SET": (prune.sparse_evolution(adamw, **forever), None),
-        "straight-through": (optax.chain(masks.tx, adamw), masks.view),
-        "straight-through 2:4": (optax.chain(pairs.tx, adamw), pairs.view),
+        "straight-through": (optax.chain(adamw, masks.tx), masks.view),
+        "straight-through 2:4": (optax.chain(adamw, pairs.tx), pairs.view),
     }
 
 

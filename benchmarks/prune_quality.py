@@ -47,7 +47,7 @@ def methods(sparsity: float):
 
     def straight(**how):
         st = prune.straight_through(**{**gradual, "every": 1, **how})
-        return optax.chain(st.tx, adam), st.view
+        return optax.chain(adam, st.tx), st.view
 
     return {
         "dense": lambda: (adam, plain),

@@ -122,7 +122,7 @@ def test_no_masked_stack_is_made_forward_or_backward():
 def _decoder_step(view, executor="auto", mesh="data=1"):
     model = Decoder(layers=6, width=64, heads=2, kv_heads=2, neurons=128).build((16,), 32)
     st = prune.straight_through(sparsity=0.5, every=2)
-    problem = Problem(model, {"task": (1.0, cross_entropy_term())}, optax.chain(st.tx, optax.sgd(0.1)), views=(view(st),))
+    problem = Problem(model, {"task": (1.0, cross_entropy_term())}, optax.chain(optax.sgd(0.1), st.tx), views=(view(st),))
     mesh = parallel.make_mesh(mesh, jax.devices() if "8" in mesh or "," in mesh else jax.devices()[:1])
     tokens = np.random.default_rng(1).integers(0, 32, (8, 17)).astype(np.int32)
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "weights": np.ones((8, 16), np.float32)}

@@ -346,7 +346,7 @@ LINE = {"sparsity": SPARSITY, "stacked": "layers/", "allocation": prune.uniform(
 
 def straight(packed):
     st = prune.straight_through(**LINE, every=2, packed=packed)
-    return optax.chain(st.tx, optax.sgd(LR))
+    return optax.chain(optax.sgd(LR), st.tx)
 
 
 METHODS = {

@@ -102,7 +102,7 @@ def methods():
         "rigl": (prune.rigl(adam, sparsity=0.5, end=100, every=10), None),
         "set": (prune.sparse_evolution(adam, sparsity=0.5, end=100, every=10), None),
         "ac_dc": (prune.ac_dc(adam, sparsity=0.5, phase=10, end=100), None),
-        "straight_through": (optax.chain(straight.tx, adam), straight.view),
+        "straight_through": (optax.chain(adam, straight.tx), straight.view),
     }
 
 

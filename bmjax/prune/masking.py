@@ -146,12 +146,10 @@ def last(masking: Masking) -> optax.GradientTransformationExtraArgs:
 
 def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
     """The masking as a transform that changes no update: a param view shows the forward pass what its masks keep.
-
-    It sees raw gradients if it comes first in a chain.
     """
 
     def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
-        _check_call("straight_through", params, params)
+        _check_call("straight_through", params, (updates, params))
         return masking.advance(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(masking.init, update)

@@ -254,7 +254,7 @@ class Sparsity:
         if not self.works:
             return tx
         if self.method == "straight_through":
-            return optax.chain(self._straight(steps, seed, sides).tx, tx)
+            return optax.chain(tx, self._straight(steps, seed, sides).tx)
         if self.method == "gradual":
             criterion, how = self._criterion(seed), self._gradual(steps, sides)
             if self.criterion is not None or criterion.gradients:

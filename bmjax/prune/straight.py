@@ -24,7 +24,7 @@ class StraightThrough(NamedTuple):
     """The two halves of a straight-through method.
 
     Attributes:
-        tx: goes first into the optimiser's chain: it remembers the masks and changes no update.
+        tx: goes last into the optimiser's chain: it makes masks of the updated weights and changes no update.
         view: (params, opt_state, step) -> what the forward pass sees, and what is exported.
     """
 
@@ -47,7 +47,7 @@ def straight_through(
     """Trains dense weights through masks that follow them: what is hidden keeps learning and may come back.
 
         st = prune.straight_through(sparsity=0.9)
-        tx = optax.chain(st.tx, optax.adamw(1e-3))
+        tx = optax.chain(optax.adamw(1e-3), st.tx)
         loss = trace.where_used(lambda params: model(st.view(params, opt_state), batch))
 
     Without `trace.where_used` the loss is the same, and the masked weights are a copy of the whole model.
@@ -57,14 +57,19 @@ def straight_through(
     2020 (Top-KAST, dense backward pass).
 
     Args:
-        criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`. A criterion of gradients sees them
-            only if `tx` is the first of its chain; behind an optimiser it would score updates.
+        criterion, sparsity, pattern, allocation, where, stacked, packed: as in `sparsify`; the criterion is one of weights.
         schedule: `periodic()` if none. Masks go on following the weights after its end, at its target.
-        every: steps from one making of masks to the next.
+        every: steps from one making of masks to the next. Every step has the masks of its own weights at 1; at 10 they cost less
+            and lag behind.
 
     Raises:
-        ValueError: as `sparsify`.
+        ValueError: as `sparsify`; a criterion of gradients, which are those of the weights before the update.
     """
+    if criterion is not None and criterion.gradients:
+        raise ValueError(
+            f"straight_through ranks weights after their update, and {criterion.name} ranks them by gradients; take magnitude(), "
+            "random() or given(...)"
+        )
     chosen = plan.make(
         criterion,
         sparsity=sparsity,

@@ -49,21 +49,20 @@ def gradual(chosen: Plan, *, packed: bool = False, free: bool = False) -> Maskin
 
     def advance(incoming: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:
         # Scores read the weights that the gradients were taken at, not the updated ones: |w g| needs both at one point, and a
-        # branch that reads the updates would keep the compiler from fusing the optimiser with what follows.
-        def seen(state: SparsifyState, incoming: Params) -> Seen:
-            return Seen(params if free else masked(params, packing.unpacked(state.masks, params)), incoming, state.statistics)
+        # branch that reads the updates would keep the compiler from fusing the optimiser with what follows. Free masks are made
+        # of the updated weights, which the next forward pass shows, and which the caller computes as well, outside of the loop.
+        updated = optax.apply_updates(params, incoming) if free else params
 
-        def renew(held: SparsifyState, incoming: Params) -> tuple[SparsifyState, Params]:
-            return _renewed(chosen, held, seen(held, incoming), params, packed, free), incoming
+        def seen(state: SparsifyState) -> Seen:
+            weights = updated if free else masked(params, packing.unpacked(state.masks, params))
+            return Seen(weights, incoming, state.statistics)
 
-        state = state._replace(statistics=chosen.criterion.observe(seen(state, incoming)))
+        state = state._replace(statistics=chosen.criterion.observe(seen(state)))
         schedule = chosen.schedule
         now = masking.due(state.count, schedule.begin, schedule.end, chosen.every)
         if free:  # weights that are still there are followed for ever
             now |= masking.due(state.count, schedule.begin, None, chosen.every)
-            incoming, state = masking.when_with_gradients(now, renew, state, incoming)
-        else:
-            state = masking.when(now, lambda held: renew(held, incoming)[0], state)
+        state = masking.when(now, lambda held: _renewed(chosen, held, seen(held), params, packed, free), state)
         return incoming, state._replace(count=optax.safe_increment(state.count))
 
     return Masking(chosen.criterion.name, init, advance, chosen.criterion.gradients)
