@@ -145,8 +145,7 @@ def last(masking: Masking) -> optax.GradientTransformationExtraArgs:
 
 
 def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
-    """The masking as a transform that changes no update: a param view shows the forward pass what its masks keep.
-    """
+    """The masking as a transform that changes no update: a param view shows the forward pass what its masks keep."""
 
     def update(updates: Params, state: SparsifyState, params: Params = None, **_: Any) -> tuple[Params, SparsifyState]:
         _check_call("straight_through", params, (updates, params))
