@@ -168,6 +168,10 @@ def test_generations_teach_each_other_and_go_on_after_a_stop(source, tmp_path, m
     assert rows(results)["ensemble"]["metrics"]["nll"] == pytest.approx(nll(want), rel=1e-3)
     metadata = json.loads((tmp_path / "stopped" / jobs.EXPORT / "manifest.json").read_text())["data"]["metadata"]
     assert metadata["weights"] == "several networks"
+    # And it teaches.
+    teacher = Teacher(pretrained=str(tmp_path / "stopped"))
+    taught = jobs.train(config(source, teacher=teacher), tmp_path / "taught", "c")
+    assert rows(taught)["teacher"]["metrics"]["nll"] == pytest.approx(nll(want), rel=1e-3)
 
 
 def test_the_moving_average_teaches_and_is_shipped(source, tmp_path):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from bmjax import config as configs
-from bmjax import models, trees
+from bmjax import distill, models, trees
 from bmjax.data import Dataset
 from bmjax.types import Batch, Model, Params
 
@@ -79,10 +79,14 @@ def record(model: Any, net: Model, params: Params) -> dict[str, Any]:
     """What `rebuild` needs, for JSON: {} if the model's config is none of ours.
 
     Args:
-        model: the config that `build` took.
+        model: the config that `build` took; of an ensemble, the one that made each of its networks.
         net: what it made, perhaps resized since.
         params: its parameters, which tell the sizes.
     """
+    if isinstance(net, distill.Ensemble):
+        members = [record(model, member, params[str(i)]) for i, member in enumerate(net.models)]
+        how = {"weights": list(net.weights), "space": net.space, "temperature": net.temperature}
+        return {} if net.choose is not None or {} in members else {"ensemble": members, **how}
     if type(model).__name__ not in kinds() or not isinstance(model, kinds()[type(model).__name__]):
         return {}
     leaves = trees.paths(params)
@@ -96,6 +100,9 @@ def rebuild(recorded: Mapping[str, Any], dataset: Dataset) -> Any:
     Raises:
         ValueError: the record is of a config that is none of ours, or of another version's; as `build`.
     """
+    if "ensemble" in recorded:
+        how = {name: recorded[name] for name in ("weights", "space", "temperature")}
+        return distill.ensemble([rebuild(member, dataset) for member in recorded["ensemble"]], **how)
     plain = recorded.get("model")
     if not isinstance(plain, Mapping) or plain.get("class") not in kinds():
         raise ValueError("it does not say what the model is (a function, or a config class that is not of bmjax.models)")

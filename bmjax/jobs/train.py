@@ -171,7 +171,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
             first = teachers.train(bench, tutor, first, plain, run)
         students = _students(config, bench, model, layout, first and first.whole, how)
         shipped = list(students.values())[-1][0]
-        common.ship(bench, shipped, workdir / EXPORT, _about(config), config.model if config.ships_last else None)
+        common.ship(bench, shipped, workdir / EXPORT, _about(config), config.model)
         _write_test(bench, workdir / TEST)
         noted = cost.noted(workdir)
         rows = {**_rows_of_teachers(first), **students}
