@@ -393,11 +393,11 @@ def method_by_hand(method):
     masks = {p: each_top(p, drawn(p, p), LIVE[p]) if random else np.ones(SHAPES[p], bool) for p in (A, C)}
     for step in range(STEPS):
         grads, before = gradients(step), masks
+        if method == "straight_through":  # masks of the updated weights
+            tree.update({path: tree[path] - LR * grads[path] for path in (A, C)})
         masks = {p: method_mask(method, p, step, tree[p], grads[p], before[p]) for p in (A, C)}
         for path in (A, C):
-            if method == "straight_through":
-                tree[path] = tree[path] - LR * grads[path]
-            else:
+            if method != "straight_through":
                 tree[path] = np.where(masks[path], tree[path] - LR * grads[path] * before[path], 0.0)
         found.append(masks)
     return found

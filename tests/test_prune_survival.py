@@ -65,10 +65,13 @@ def train(tx, tree, steps, moments=False):
         updates, state = tx.update(jax.tree.map(lambda p: p - 1 + noise, tree), state, tree)
         tree, mask = optax.apply_updates(tree, updates), prune.masks(state, tree)
         revived = count(jax.tree.map(lambda p, m: (p != 0) & ~m, tree, mask))
+        # What has just grown starts with nothing but the 1e-30 that adafactor adds to every squared gradient.
+        least = {name: jnp.where(mask[name]["kernel"], 1e-29, 0) for name in tree}
         empty = {name: ~(mask[name]["kernel"] & before[name]["kernel"]) for name in tree}
         stale = {}
         if moments:
-            stale = {path: jnp.sum((leaf != 0) & empty[path.split("/")[-2]]) for path, leaf in held(state.inner).items()}
+            of = lambda path, leaf: (abs(leaf) > least[path.split("/")[-2]]) & empty[path.split("/")[-2]]
+            stale = {path: jnp.sum(of(path, leaf)) for path, leaf in held(state.inner).items()}
         return (tree, state, mask), (revived, mask, stale)
 
     @jax.jit

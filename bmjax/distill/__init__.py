@@ -51,8 +51,8 @@ from bmjax.distill.review import review_kd as review_kd
 from bmjax.distill.rollout import Rollouts as Rollouts
 from bmjax.distill.rollout import off_policy as off_policy
 from bmjax.distill.rollout import on_policy as on_policy
-from bmjax.distill.teachers import confident as confident
 from bmjax.distill.teachers import Ensemble as Ensemble
+from bmjax.distill.teachers import confident as confident
 from bmjax.distill.teachers import ensemble as ensemble
 from bmjax.distill.teachers import right as right
 from bmjax.distill.transformers import attention_relation as attention_relation
