@@ -23,7 +23,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from benchmarks import resumable, stepping
+from benchmarks import resumable, sources, stepping
 
 LOSSES = ("alone", "kd", "reverse_kl", "jsd", "cached", "hidden")
 PRESETS: dict[str, dict[str, Any]] = {
@@ -60,14 +60,11 @@ class Bench:
     """Data, devices and networks of all runs. Raises ValueError where source, sizes, batch and devices do not fit each other."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from bmjax import config, data, parallel
+        from bmjax import config
         from bmjax.models import Decoder
 
-        self.arguments, self.mesh = arguments, parallel.make_mesh(arguments.mesh)
-        parallel.check_batch(arguments.batch, self.mesh)
-        self.dataset = data.load(data.Data(source=arguments.source, batch=arguments.batch, length=arguments.length))
-        if self.dataset.kind != "tokens" or self.dataset.classes != 256:
-            raise ValueError(f"--source is {arguments.source!r}; expected text:<file or folder>, which gives rows of bytes")
+        self.arguments = arguments
+        self.dataset, self.mesh = sources.texts(arguments)
         found = []
         for part in (1, 2):
             width = arguments.width // part
@@ -96,11 +93,9 @@ class Bench:
 
     def problem(self, loss: str, teaches: bool = False) -> Any:
         from bmjax.train import Problem
-        from bmjax.train.optimizer import Optimizer
 
         steps = self.arguments.teacher_steps if teaches else self.arguments.steps
-        rule: dict[str, Any] = {"name": "adamw", "b2": 0.95, "weight_decay": 0.1, "warmup": 0.1, "end": 0.1, "clip": 1.0}
-        optimizer = Optimizer(learning_rate=self.arguments.learning_rate, **rule)
+        optimizer = sources.adamw(self.arguments.learning_rate)
         return Problem(
             self.teacher if teaches else self.student,
             self.terms(loss),
@@ -111,37 +106,18 @@ class Bench:
         )
 
     def bits(self, model: Any, params: Any) -> float:
-        """Bits per byte on rows spread over the test split."""
-        from bmjax import data, parallel
-        from bmjax.train import run as runs
-
-        test, batch = self.dataset.test, self.arguments.batch
-        batches = data.eval_batches(test, batch)
-        count = min(-(-self.arguments.test_rows // batch), len(batches)) or len(batches)
-        spread = (parallel.put_batch(batches[i * len(batches) // count], self.mesh) for i in range(count))
-        logits = functools.partial(runs.predictor(model), params, {})
-        return float(runs.score(self.dataset, test, spread, logits).summary["bits_per_token"])  # tokens are bytes
+        """Bits per byte on the test split."""
+        return sources.bits(self.arguments, self.dataset, self.mesh, model, params)
 
     @functools.cached_property
     def frozen(self) -> Any:
         """The teacher that `teach` kept, on the devices."""
-        import jax
-        import numpy as np
-
-        from bmjax import parallel, trees
-        from bmjax.train import run as runs
-
-        with np.load(self.arguments.out / "teacher.npz") as file:
-            params = trees.nested(dict(file))
-        placed = jax.device_put(params, parallel.partition(params, runs.rules_of(self.teacher), self.mesh))
-        return {"params": placed, "model_state": {}}
+        params = sources.kept(self.arguments.out / "teacher.npz", self.teacher, self.mesh)
+        return {"params": params, "model_state": {}}
 
 
 def teach(bench: Bench) -> dict[str, Any]:
     """Trains the teacher and keeps it in the folder."""
-    import jax
-    import numpy as np
-
     from bmjax import data, trees
 
     seed = 10**6
@@ -152,9 +128,7 @@ def teach(bench: Bench) -> dict[str, Any]:
     if lost:
         sys.exit(f"distill_lm: the teacher's loss is not finite at step {lost}; give a lower --learning-rate")
     params = state.params["model"]
-    partial, path = bench.arguments.out / "teacher.partial.npz", bench.arguments.out / "teacher.npz"
-    np.savez(partial, **trees.paths(jax.device_get(params)))
-    partial.replace(path)
+    sources.keep(bench.arguments.out / "teacher.npz", params)
     return {"loss": "teacher", "parameters": trees.size(params), "bits": bench.bits(bench.teacher, params), **times}
 
 

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.table
 
-from benchmarks import distill_losses, resumable, stepping
+from benchmarks import distill_losses, resumable, sources, stepping
 
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
@@ -127,19 +127,10 @@ class Bench:
     """Data, devices and networks of all runs. Raises ValueError where source, sizes, batch and devices do not fit each other."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        from bmjax import data, parallel
+        from bmjax import data
 
-        self.arguments, self.mesh = arguments, parallel.make_mesh(arguments.mesh)
-        parallel.check_batch(arguments.batch, self.mesh)
-        settings = data.Data(
-            source=arguments.source,
-            batch=arguments.batch,
-            size=arguments.pixels,
-            limit=arguments.images,
-            test=arguments.test,
-            valid=0.01,
-        )
-        self.dataset = data.load(settings)
+        self.arguments = arguments
+        self.dataset, self.mesh = sources.images(arguments)
         self.steps = max(1, arguments.epochs * len(self.dataset.train) // arguments.batch)
         crop = max(1, self.dataset.shape[0] // 8)
         self.augment = data.Augment(crop=crop, flip=0.5) if arguments.augmented else None

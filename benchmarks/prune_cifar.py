@@ -31,7 +31,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from benchmarks import resumable, stepping
+from benchmarks import resumable, sources, stepping
 
 METHODS = (
     "dense",
@@ -139,23 +139,6 @@ def method(name: str, tx: Any, sparsity: float, steps: int, seed: int, stacked: 
     return made[kind]()
 
 
-def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """(dataset, mesh). Raises ValueError where source, sizes, batch and devices do not fit each other."""
-    from bmjax import data, parallel
-
-    mesh = parallel.make_mesh(arguments.mesh)
-    parallel.check_batch(arguments.batch, mesh)
-    settings = data.Data(
-        source=arguments.source,
-        batch=arguments.batch,
-        size=arguments.pixels,
-        limit=arguments.images,
-        test=arguments.test,
-        valid=0.01,
-    )
-    return data.load(settings), mesh
-
-
 def problem(arguments: argparse.Namespace, dataset: Any, name: str, sparsity: float, seed: int) -> tuple[Any, int]:
     """(what is trained, number of steps)."""
     from bmjax import config, losses
@@ -243,7 +226,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 
     chosen = resumable.names(arguments.methods, METHODS, "method")
     sparsities = resumable.fractions(arguments.sparsities, "--sparsities")
-    dataset, mesh = load(arguments)
+    dataset, mesh = sources.images(arguments)
     jobs: dict[str, Any] = {}
     example = data.train_batches(dataset.train, arguments.batch, 0)[0]
     for seed in range(arguments.seeds):  # outermost, so that there is a whole table early

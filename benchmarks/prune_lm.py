@@ -34,7 +34,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from benchmarks import resumable, stepping
+from benchmarks import resumable, sources, stepping
 
 SIZES = ("layers", "width", "heads", "neurons")
 METHODS = ("magnitude", "wanda", "owl-wanda", "sparsegpt")
@@ -90,36 +90,23 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         """Raises ValueError where source, sizes, batch and devices do not fit each other."""
-        from bmjax import config, data, losses, parallel
+        from bmjax import config, data, losses
         from bmjax.models import Decoder
         from bmjax.train import Problem
-        from bmjax.train.optimizer import Optimizer
 
-        self.arguments, self.mesh = arguments, parallel.make_mesh(arguments.mesh)
-        parallel.check_batch(arguments.batch, self.mesh)
-        self.dataset = data.load(data.Data(source=arguments.source, batch=arguments.batch, length=arguments.length))
-        if self.dataset.kind != "tokens" or self.dataset.classes != 256:
-            raise ValueError(f"--source is {arguments.source!r}; expected text:<file or folder>, which gives rows of bytes")
+        self.arguments = arguments
+        self.dataset, self.mesh = sources.texts(arguments)
         data.train_batches(self.dataset.train, arguments.batch, 0)
         network = Decoder(**{name: getattr(arguments, name) for name in SIZES})
         config.validate(network, "network")
         self.model = network.build(self.dataset.shape, self.dataset.classes)
-        rule: dict[str, Any] = {"name": "adamw", "b2": 0.95, "weight_decay": 0.1, "warmup": 0.1, "end": 0.1, "clip": 1.0}
-        tx = Optimizer(learning_rate=arguments.learning_rate, **rule).build(arguments.steps)
+        tx = sources.adamw(arguments.learning_rate).build(arguments.steps)
         terms = {"ce": (1.0, losses.cross_entropy_term())}
         self.problem = Problem(self.model, terms, tx, compute_dtype=arguments.compute_dtype)
 
     def bits(self, params: Any) -> float:
-        """Bits per byte on rows spread over the test split."""
-        from bmjax import data, parallel
-        from bmjax.train import run as runs
-
-        test, batch = self.dataset.test, self.arguments.batch
-        batches = data.eval_batches(test, batch)
-        count = min(-(-self.arguments.test_rows // batch), len(batches)) or len(batches)
-        spread = (parallel.put_batch(batches[i * len(batches) // count], self.mesh) for i in range(count))
-        logits = functools.partial(runs.predictor(self.model), params, {})
-        return float(runs.score(self.dataset, test, spread, logits).summary["bits_per_token"])  # tokens are bytes
+        """Bits per byte on the test split."""
+        return sources.bits(self.arguments, self.dataset, self.mesh, self.model, params)
 
     def calibration(self, seed: int) -> list[Any]:
         """Batches of training rows, the same for each method."""
@@ -133,7 +120,6 @@ class Bench:
 def dense(bench: Bench, seed: int) -> dict[str, Any]:
     """Trains a model and keeps it in the folder."""
     import jax
-    import numpy as np
 
     from bmjax import data, trees
 
@@ -142,24 +128,14 @@ def dense(bench: Bench, seed: int) -> dict[str, Any]:
     if lost:
         sys.exit(f"prune_lm: the loss of seed {seed} is not finite at step {lost}; give a lower --learning-rate")
     params = state.params["model"]
-    partial, path = bench.arguments.out / f"dense_{seed}.partial.npz", bench.arguments.out / f"dense_{seed}.npz"
-    np.savez(partial, **trees.paths(jax.device_get(params)))
-    partial.replace(path)
+    sources.keep(bench.arguments.out / f"dense_{seed}.npz", params)
     found = {"method": "dense", "target": "", "seed": seed, "parameters": trees.size(params), "sparsity": 0.0, **times}
     return {**found, "bits": bench.bits(params), "peak_mib": stepping.peak(), "device": jax.devices()[0].device_kind}
 
 
 def kept(bench: Bench, seed: int) -> Any:
     """The parameters that `dense` trained, on the devices."""
-    import jax
-    import numpy as np
-
-    from bmjax import parallel, trees
-    from bmjax.train import run as runs
-
-    with np.load(bench.arguments.out / f"dense_{seed}.npz") as file:
-        params = trees.nested(dict(file))
-    return jax.device_put(params, parallel.partition(params, runs.rules_of(bench.model), bench.mesh))
+    return sources.kept(bench.arguments.out / f"dense_{seed}.npz", bench.model, bench.mesh)
 
 
 def pruned(bench: Bench, seed: int, name: str, target: str, how: dict[str, Any]) -> dict[str, Any]:
