@@ -278,10 +278,11 @@ def prepare(arguments: argparse.Namespace) -> tuple[Bench, dict[str, Callable[[]
     for name in chosen:
         kinds["transformer" if name in distill_losses.ON_TRANSFORMERS else "residual"].append(name)
     jobs: dict[str, Callable[[], dict[str, Any]]] = {}
-    for kind in (kind for kind, losses in kinds.items() if losses):
+    taught = [kind for kind, losses in kinds.items() if losses]
+    for kind in taught:
         jobs[f"teacher_{kind}"] = functools.partial(teacher, bench, kind)
     for seed in range(arguments.seeds):  # outermost, so that there is a whole table early
-        for kind in (kind for kind, losses in kinds.items() if losses):
+        for kind in taught or ["residual"]:
             for name in (*(["alone"] if "alone" in asked else []), *kinds[kind]):
                 problem(bench, kind, name)
                 jobs[f"{kind}_{name}_{seed}"] = functools.partial(student, bench, kind, name, seed)
