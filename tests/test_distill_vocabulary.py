@@ -95,6 +95,46 @@ def test_values_and_gradients_are_those_of_the_plain_function(name):
             np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5 * max(1, np.abs(a).max()), err_msg=case)
 
 
+def test_logits_that_are_all_alike_have_the_least_deviation():
+    flat, teacher = tuple(0 * x if i != 1 else x for i, x in enumerate(head(0, 6))), head(1, 4)
+    np.testing.assert_array_equal(losses.head_deviation(flat, ODD), np.float32(1e-7))
+    slopes = [
+        jax.jit(jax.grad(lambda s, fn=fn: fn(s).sum()))(flat)
+        for fn in (
+            lambda s: distill.logit_standardized_kd(logits(s), logits(teacher)),
+            lambda s: distill.vocabulary.logit_standardized_kd(s, teacher, chunks=ODD),
+        )
+    ]
+    for want, got in zip(*slopes):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6 * np.abs(want).max())
+
+
+def test_the_deviation_in_numpy():
+    masked = head(2, 6, masked=(3, 35, 36))
+    hidden, kernel, bias = (np.asarray(x, np.float64) for x in masked)
+    keep = np.isfinite(bias)
+    z = hidden @ kernel[:, keep] + bias[keep]
+    fn = lambda h: losses.head_deviation(h, ODD)
+    value, pull = jax.vjp(fn, masked)
+    np.testing.assert_allclose(value, z.std(-1), rtol=1e-5)
+    dz = (z - z.mean(-1, keepdims=True)) / (z.std(-1, keepdims=True) * keep.sum()) * np.asarray(weights(), np.float64)[:, None]
+    (dh, dk, db) = pull(weights())[0]
+    np.testing.assert_allclose(dh, dz @ kernel[:, keep].T, atol=1e-5)
+    np.testing.assert_allclose(dk[:, keep], hidden.T @ dz, atol=1e-5)
+    np.testing.assert_allclose(db[keep], dz.sum(0), atol=1e-5)
+    assert (np.asarray(dk)[:, ~keep] == 0).all()
+
+
+@pytest.mark.parametrize("masked", [(), tuple(set(range(V)) - {5})])
+def test_dkd_without_other_classes_is_zero(masked):
+    classes = V if masked else 1
+    student, teacher = (head(seed, 3, classes=classes, masked=masked) for seed in (0, 1))
+    labels = jnp.full(ITEMS, 5 if masked else 0)
+    values, pull = jax.vjp(lambda s: distill.vocabulary.dkd(s, teacher, labels, chunks=ODD), student)
+    np.testing.assert_allclose(values, 0, atol=1e-6)
+    assert all(np.abs(np.asarray(x)).max() < 1e-5 for x in pull(jnp.ones(ITEMS))[0])
+
+
 def test_kd_and_its_gradient_in_numpy():
     student, teacher = PAIRS["ordinary"]
     h, k, b = (np.asarray(x, np.float64) for x in student)

@@ -197,7 +197,10 @@ def _divergence_backward(static: _Static, kept: Any, cotangent: jax.Array) -> An
 
     def slope(where: Tile, logits: list[jax.Array], total: jax.Array, items: _Items) -> jax.Array:
         log_s, log_t = _pair(where, logits, items)
-        return tiles.over(_summands(static.summand, log_s, log_t)[1] - jnp.exp(log_s) * total[:, None, None], items.own)
+        slopes = _summands(static.summand, log_s, log_t)[1] - jnp.exp(log_s) * total[:, None, None]
+        if static.warm or items.without is not None:
+            slopes = jnp.where(log_s > -jnp.inf, slopes, 0.0)  # what does not count has no slope
+        return tiles.over(slopes, items.own)
 
     heads = [_rounds(sizes, head) for head in (student, teacher)]
     grads = tiles.pull_back(sizes, heads, slope, tiles.split(sizes, cotangent), (slopes[0], items))
@@ -209,8 +212,8 @@ _divergence.defvjp(_divergence_forward, _divergence_backward)
 
 def _items(sizes: Plan, heads: list[Head], own: jax.Array, other: jax.Array, without: jax.Array | None) -> _Items:
     """With the largest logit and the log of the sum of the student's, then of the teacher's."""
-    # What pads the last round has a temperature too.
-    warm = [tiles.split(sizes, temperature - 1) + 1 for temperature in (own, other)]
+    # What pads the last round, by 0, has a temperature too.
+    warm = [jnp.where(split > 0, split, 1.0) for split in (tiles.split(sizes, own), tiles.split(sizes, other))]
     apart = None if without is None else tiles.split(sizes, without)
 
     def tile(where: Tile, logits: list[jax.Array], sums: Any, temperature: jax.Array, *apart: jax.Array) -> tuple[jax.Array, ...]:
@@ -256,7 +259,11 @@ def _pair(where: Tile, logits: list[jax.Array], items: _Items) -> tuple[jax.Arra
     mine, theirs = (_apart(where, z, *apart) for z in logits)
     top_s, total_s, top_t, total_t = items.norms
     log_s = tiles.log_probabilities(mine, top_s, total_s, items.own)
-    return log_s, tiles.log_probabilities(theirs, top_t, total_t, items.other)
+    log_t = tiles.log_probabilities(theirs, top_t, total_t, items.other)
+    if items.without is None:
+        return log_s, log_t
+    # Perhaps no class is left, and -inf less -inf is NaN.
+    return jnp.where(mine > -jnp.inf, log_s, -jnp.inf), jnp.where(theirs > -jnp.inf, log_t, -jnp.inf)
 
 
 def _apart(where: Tile, logits: jax.Array, without: jax.Array | None = None) -> jax.Array:

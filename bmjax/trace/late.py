@@ -39,7 +39,7 @@ def late(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     Args:
         fn: along axis 0 elementwise: a slice of the result is what slices of the arguments give.
     """
-    name = f"late_{next(_numbers)}"
+    name = f"bmjax_late_{next(_numbers)}"
     called = functools.wraps(fn)(lambda *arrays: fn(*arrays))
     called.__name__ = called.__qualname__ = name
     _marked[name] = called
@@ -95,7 +95,8 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], uses: Mapping
 
 
 def _outputs(eqn: JaxprEqn, inputs: list[Any], uses: Mapping[str, Use]) -> Sequence[Any]:
-    name, marked = eqn.primitive.name, _marked.get(eqn.params.get("name", ""))
+    name = eqn.primitive.name
+    marked = _marked.get(eqn.params.get("name", "")) if name in _CALLS else None
     if marked is not None:
         return [Partial(marked, *inputs)]
     if not any(map(_is_late, inputs)):
