@@ -132,8 +132,8 @@ def trained(blobs):
         ),
         (
             "train",
-            ["--config=article_student", "--config.teacher.distill.chunked=true", "--config.teacher.distill.loss=dkd"],
-            "config.teacher.distill: there is no chunked form of dkd; set chunked to False, or take one of kd, ",
+            ["--config=article_student", "--config.teacher.distill.chunked=true", "--config.teacher.distill.loss=dist"],
+            "config.teacher.distill: there is no chunked form of dist; set chunked to False, or take one of kd, ",
         ),
         ("compress", ["--config=digits_vit", "--config.model.heads=5"], "config.model: width 64 does not divide into 5 heads"),
         ("compress", ["--config=digits_vit", "--config.model.patch=3"], "patches of 3 pixels need images [H, W, C] with sides"),

@@ -114,11 +114,9 @@ def _folder(point: dict[str, str], short: dict[str, str]) -> str:
 def _run_all(config: Config, base: Sequence[str], folders: dict[pathlib.Path, dict[str, str]]) -> list[dict[str, Any]]:
     """All runs, some at a time. After Ctrl-C those that are running are told once, and save where they are."""
     children: list[subprocess.Popen[bytes]] = []
-    stopped = threading.Event()
+    stopped, starting = threading.Event(), threading.Lock()  # none starts while those that run are told
 
     def one(folder: pathlib.Path, point: dict[str, str]) -> dict[str, Any]:
-        if stopped.is_set():
-            raise KeyboardInterrupt
         row = {"values": point, "folder": str(folder)}
         if (done := _figures(folder)) is not None:
             return {**row, "seconds": None, "error": "", "figures": done}
@@ -126,8 +124,11 @@ def _run_all(config: Config, base: Sequence[str], folders: dict[pathlib.Path, di
         program = [sys.executable, "-m", f"experiments.{config.program}", *base, *_flags(point), f"--workdir={folder}"]
         start = time.monotonic()
         with (folder / OUTPUT).open("wb") as output:
-            child = subprocess.Popen(program, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            children.append(child)
+            with starting:
+                if stopped.is_set():
+                    raise KeyboardInterrupt
+                child = subprocess.Popen(program, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+                children.append(child)
             code = child.wait()
         found = _figures(folder) if code == 0 else None
         error = "" if found is not None else _error(folder / OUTPUT, code)
@@ -139,10 +140,11 @@ def _run_all(config: Config, base: Sequence[str], folders: dict[pathlib.Path, di
         try:
             return [future.result() for future in waiting]
         except KeyboardInterrupt:
-            stopped.set()
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGINT)
+            with starting:
+                stopped.set()
+                for child in children:
+                    if child.poll() is None:
+                        child.send_signal(signal.SIGINT)
             raise
 
 
