@@ -120,16 +120,16 @@ def _run_all(config: Config, base: Sequence[str], folders: dict[pathlib.Path, di
         row = {"values": point, "folder": str(folder)}
         if (done := _figures(folder)) is not None:
             return {**row, "seconds": None, "error": "", "figures": done}
-        folder.mkdir(parents=True, exist_ok=True)
         program = [sys.executable, "-m", f"experiments.{config.program}", *base, *_flags(point), f"--workdir={folder}"]
         start = time.monotonic()
-        with (folder / OUTPUT).open("wb") as output:
-            with starting:
-                if stopped.is_set():
-                    raise KeyboardInterrupt
+        with starting:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / OUTPUT).open("wb") as output:  # the child has it from then on
                 child = subprocess.Popen(program, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-                children.append(child)
-            code = child.wait()
+            children.append(child)
+        code = child.wait()
         found = _figures(folder) if code == 0 else None
         error = "" if found is not None else _error(folder / OUTPUT, code)
         logging.info("%s: %s", folder.name, error or "done")
