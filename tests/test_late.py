@@ -56,6 +56,16 @@ FUNCTIONS = {
 }
 
 
+FUNCTIONS["an effect in the body"] = lambda w: jax.lax.scan(
+    lambda h, w: (
+        jnp.tanh(h @ w) + jax.experimental.io_callback(lambda: np.float32(0), jax.ShapeDtypeStruct((), jnp.float32)),
+        None,
+    ),
+    X,
+    w,
+)[0].sum()
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_values_and_gradients_are_those_of_the_plain_function(name):
     fn = lambda w: jax.tree.reduce(lambda total, x: total + jnp.sum(x), FUNCTIONS[name](hidden(w, MASK)), jnp.float32(0))
@@ -74,11 +84,52 @@ def test_one_late_array_may_be_made_of_another():
     assert not _stacked_selects(jax.make_jaxpr(jax.grad(trace.where_used(fn)))(W))
 
 
-def test_what_layers_share_is_computed_before():
+@pytest.mark.parametrize("shape", [(1, WIDTH, 1), (WIDTH,), ()])
+def test_what_layers_share_is_computed_before(shape):
+    """Also where it is as long as there are layers."""
     scaled = trace.late(lambda w, scale: w * scale)
     fn = lambda w, scale: through_layers(scaled(w, scale))[0].sum()
-    scale = jnp.full((1, WIDTH, 1), 0.5)
+    scale, square = (
+        jnp.linspace(0.3, 0.7, WIDTH).reshape(-1)[: max(1, int(np.prod(shape)))].reshape(shape),
+        W[:, :LAYERS, :LAYERS],
+    )
     np.testing.assert_allclose(trace.where_used(fn)(W, scale), fn(W, scale), rtol=1e-5)
+    narrow = lambda w, scale: through_layers(scaled(w, scale), X[:, :LAYERS])[0].sum()
+    np.testing.assert_allclose(trace.where_used(narrow)(square, jnp.arange(4.0)), narrow(square, jnp.arange(4.0)), rtol=1e-5)
+
+
+def test_numbers_words_and_functions_are_passed_on():
+    def fn(w, x, activation, *, steps, how):
+        assert (steps, how) == (2, "twice")
+        h = x
+        for _ in range(steps):
+            h = jax.lax.scan(lambda h, w: (activation(h @ w), None), h, hidden(w, MASK))[0]
+        return h.sum(), {"how": how, "steps": steps, "none": None, "h": h}
+
+    total, rest = trace.where_used(fn)(W, X, jnp.tanh, steps=2, how="twice")
+    want, _ = fn(W, X, jnp.tanh, steps=2, how="twice")
+    np.testing.assert_allclose(total, want, rtol=1e-5)
+    assert (rest["how"], rest["steps"], rest["none"], rest["h"].shape) == ("twice", 2, None, X.shape)
+
+
+@pytest.mark.parametrize("wrapped", ["no", "in a jit", "in a checkpoint"])
+def test_a_view_is_found_where_it_is_made(wrapped):
+    fn = lambda w: through_layers(hidden(w, MASK))[0].sum()
+    fn = {"no": lambda fn: fn, "in a jit": jax.jit, "in a checkpoint": jax.checkpoint}[wrapped](fn)
+    assert not _stacked_selects(jax.make_jaxpr(trace.where_used(fn))(W))
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
+def test_what_is_rematerialised_stays_so(policy):
+    """The forward scan keeps for the backward one what it would without late arrays."""
+    remat = functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
+    layer = lambda h, w: (jnp.sin(jnp.tanh(jnp.sin(h @ w))), None)
+    fn = lambda w: jax.lax.scan(remat(layer), X, w)[0].sum()
+    kept = []
+    for one in (fn, lambda w: trace.where_used(lambda w: fn(hidden(w, MASK)))(w)):
+        scan = next(eqn for eqn in jax.make_jaxpr(jax.grad(one))(W).jaxpr.eqns if eqn.primitive.name == "scan")
+        kept.append(sorted(var.aval.shape for var in scan.outvars))
+    assert kept[0] == kept[1]
 
 
 def test_a_rule_may_spare_the_whole_array():
