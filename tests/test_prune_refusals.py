@@ -196,3 +196,58 @@ def test_nan_quality_names_the_layer_and_the_sparsity():
 def test_a_batch_without_a_path_has_a_name():
     found = trace.linears(lambda p, x: x @ p["kernel"], {"kernel": jnp.asarray(KERNEL)}, X)
     line(lambda: found.stream({"kernel": jnp.asarray(KERNEL)}, [X, X[:3]], lambda *_: None), "in batch 1, the batch has shape")
+
+
+# ---- numbers and places ----
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: prune.n_m(2.0, 4), "n of the pattern n:m is 2.0; expected an int"),
+        (lambda: prune.n_m(2, 4, -1.0), "axis of the pattern n:m is -1.0; expected an int"),
+        (lambda: prune.block(2.0, 2), "the rows of a block is 2.0; expected an int"),
+        (lambda: prune.channel(-1.0), "the axis of channels is -1.0; expected an int"),
+        (lambda: prune.cubic(None, 10), "a schedule's begin or end is None; expected a number"),
+        (lambda: prune.cubic(np.float32(0.2), np.float32(0.7)), "a fraction of the run; give its length too"),
+        (lambda: prune.polynomial(0, 10, "3"), "the power is '3'; expected a number"),
+        (lambda: prune.iterative(0, 10, 2.5), "the number of rounds is 2.5; expected an int"),
+        (lambda: prune.rigl(optax.sgd(0.1), sparsity=0.5, end=50), "so masks would never change; give a smaller every"),
+        (lambda: prune.rigl(optax.sgd(0.1), sparsity=0.5, end=0.75), "end of rigl, a step, is 0.75; expected an int"),
+        (lambda: prune.sparse_evolution(optax.sgd(0.1), sparsity=0.5, end=500, drop="x"), "the drop fraction is 'x'"),
+        (lambda: prune.ac_dc(optax.sgd(0.1), sparsity=0.5, phase=100, end=50), "so no dense phase would come"),
+        (lambda: prune.ac_dc(optax.sgd(0.1), sparsity=0.5, phase=2.5, end=50), "phase of ac_dc, in steps, is 2.5"),
+        (lambda: prune.around(0.1, sparsity=0.5), "the optimiser is 0.1; expected an optax transform"),
+        (lambda: prune.around(optax.adam, sparsity=0.5), r"the optimiser is the function adam itself; call it: adam\("),
+        (lambda: prune.straight_through(prune.saliency(), sparsity=0.5), "ranks weights after their update, and saliency"),
+        (lambda: layerwise(X), "expected several batches: give a list of them"),
+    ],
+)
+def test_numbers_of_another_kind(make, message):
+    line(make, message)
+
+
+def test_fractions_of_any_float_are_fractions():
+    for kind in (float, np.float32, jnp.float32):
+        schedule = prune.cubic(kind(0.25), kind(0.75), steps=8)
+        assert (schedule.begin, schedule.end) == (2, 6)
+
+
+def test_straight_through_that_is_not_last_is_refused():
+    st, params = prune.straight_through(sparsity=0.5), {"kernel": jnp.ones((4, 4))}
+    state = optax.chain(st.tx, optax.adam(0.1)).init(params)
+    line(lambda: st.view(params, state), "straight_through's tx is followed by another transform; put it last")
+    st.view(params, optax.chain(optax.adam(0.1), st.tx).init(params))
+    st.view(params, optax.chain(optax.clip(1.0), optax.chain(optax.adam(0.1), st.tx)).init(params))
+
+
+def test_masks_of_a_part_of_the_parameters_show_the_rest_whole():
+    st, params = prune.straight_through(sparsity=0.5, every=1), {"a": {"kernel": KERNEL, "bias": jnp.ones(4)}}
+    parts = {"kernels": optax.chain(optax.sgd(0.1), st.tx), "others": optax.sgd(0.1)}
+    tx = optax.partition(parts, {"a": {"kernel": "kernels", "bias": "others"}})
+    state = tx.init(params)
+    _, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+    shown = st.view(params, state)["a"]
+    assert (np.asarray(shown["kernel"]) == 0).sum() == KERNEL.size // 2
+    np.testing.assert_array_equal(shown["bias"], 1)
+    assert prune.masks(state)["a"]["bias"].shape == ()

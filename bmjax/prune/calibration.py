@@ -212,7 +212,11 @@ def _check(target: Target, method: Method, allocation: Allocation | None, sample
 
 def _read(batches: Iterable[Any], samples: int | None) -> tuple[list[Any], str]:
     """The batches to use, and a note if they are short of examples."""
-    if isinstance(batches, (Mapping, str)) or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__")):
+    if (
+        isinstance(batches, (Mapping, str))
+        or hasattr(batches, "shape")
+        or not (isinstance(batches, Iterable) or hasattr(batches, "__getitem__"))
+    ):
         raise ValueError(f"the calibration data is {kinds.shown(batches)}; expected several batches: give a list of them")
     found: list[Any] = []
     examples = 0

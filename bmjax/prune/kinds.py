@@ -44,6 +44,8 @@ def expect(what: str, value: Any, kind: type) -> None:
 
 def number(what: str, value: Any) -> None:
     """Raises ValueError unless the value is a number, or a concrete array of one."""
+    if isinstance(value, bool):
+        raise ValueError(f"{what} is {value}; expected a number")
     single = isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, jax.core.Tracer) and value.ndim == 0
     if not single and not isinstance(value, (numbers.Real, np.number)):
         raise ValueError(f"{what} is {shown(value)}; expected a number")

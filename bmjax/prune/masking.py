@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from bmjax import trees
-from bmjax.prune import packing
+from bmjax.prune import kinds, packing
 from bmjax.prune.patterns import masked
 from bmjax.trace import zeros
 from bmjax.types import Params
@@ -156,6 +156,10 @@ def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
 
 def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.GradientTransformationExtraArgs:
     """The masking around a whole optimiser, which works on kept weights only: see `around`."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        given = getattr(optimizer, "__name__", "") if callable(optimizer) else ""
+        what = f"the function {given} itself; call it: {given}(...)" if given else kinds.shown(optimizer)
+        raise ValueError(f"the optimiser is {what}" if given else f"the optimiser is {what}; expected an optax transform")
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> AroundState:

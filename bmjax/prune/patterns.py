@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax import trees
-from bmjax.prune import threshold
+from bmjax.prune import kinds, threshold
 from bmjax.trace import Sides
 from bmjax.types import Group, Params
 
@@ -110,6 +110,8 @@ def n_m(n: int, m: int, axis: int | Mapping[str, int] | None = None) -> Pattern:
         ValueError: n or m out of range; at `init`: an axis that m does not divide, a vector, a kernel whose axis must be given,
             or a path that no regex matches.
     """
+    for what, value in (("n", n), ("m", m), *([] if axis is None or isinstance(axis, Mapping) else [("axis", axis)])):
+        kinds.whole(f"{what} of the pattern n:m", value)
     if not 1 <= n < m:
         raise ValueError(f"the pattern {n}:{m} is given; expected n:m with 1 <= n < m, n of each m neighbours kept")
 
@@ -153,6 +155,8 @@ def block(rows: int, columns: int) -> Pattern:
     Raises:
         ValueError: a size below 1; at `init`: an axis that the block does not divide, or a vector.
     """
+    kinds.whole("the rows of a block", rows)
+    kinds.whole("the columns of a block", columns)
     if rows < 1 or columns < 1:
         raise ValueError(f"blocks of {rows} x {columns} are asked for; expected 1 or more each way")
 
@@ -182,6 +186,7 @@ def channel(axis: int = -1) -> Pattern:
     Raises:
         ValueError: at `init`: an array without such an axis, or a vector.
     """
+    kinds.whole("the axis of channels", axis)
     if axis >= 0:
         raise ValueError(f"channels of axis {axis} are asked for; count from the last axis, which is -1")
 

@@ -64,7 +64,7 @@ def masks(opt_state: Any, params: Params | None = None) -> Params:
     first, *others = [plain(state) for state in _states(opt_state)]
     for other in others:
         first = jax.tree.map(both, first, other, is_leaf=absent)
-    return first
+    return jax.tree.map(lambda mask: jnp.asarray(True) if absent(mask) else mask, first, is_leaf=absent)
 
 
 def saved(leaves: Mapping[str, Any], params: Params) -> SparsifyState:

@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from bmjax.prune import kinds
 
 
 class Schedule(NamedTuple):
@@ -36,7 +39,9 @@ class Schedule(NamedTuple):
 
 def _step(value: int | float, steps: int | None) -> int:
     """A step, from a step or a fraction of the run."""
-    if isinstance(value, float):
+    kinds.number("a schedule's begin or end", value)
+    if not isinstance(value, (int, np.integer)):
+        value = float(value)
         if steps is None:
             raise ValueError(f"a schedule is given {value}, a fraction of the run; give its length too: steps=...")
         if not 0 <= value <= 1:
@@ -46,7 +51,7 @@ def _step(value: int | float, steps: int | None) -> int:
         return min(round(value * steps), steps - 1)  # the last update is number steps - 1
     if value < 0:
         raise ValueError(f"a schedule is given step {value}; steps count from 0")
-    return value
+    return int(value)
 
 
 def _span(kind: str, begin: int | float, end: int | float, steps: int | None) -> tuple[int, int]:
@@ -103,6 +108,8 @@ def polynomial(
         ValueError: a value out of range, or begin not before end.
     """
     first, last = _span("polynomial" if power != 3 else "cubic", begin, end, steps)
+    kinds.number("the power", power)
+    kinds.number("the initial sparsity", initial)
     if not power > 0:
         raise ValueError(f"a polynomial schedule is given power {power}; expected a number above 0")
     if not 0 <= initial < 1:
@@ -135,6 +142,7 @@ def iterative(begin: int | float, end: int | float, rounds: int, *, steps: int |
         ValueError: as `polynomial`, or rounds below 2.
     """
     first, last = _span("iterative", begin, end, steps)
+    kinds.whole("the number of rounds", rounds)
     if rounds < 2:
         raise ValueError(f"an iterative schedule is given {rounds} rounds; expected 2 or more, or take one_shot")
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from bmjax import trees
-from bmjax.prune import masking, packing, plan, threshold
+from bmjax.prune import kinds, masking, packing, plan, threshold
 from bmjax.prune.allocation import Allocation, Part, erdos_renyi_kernel
 from bmjax.prune.criteria import Seen, draw, random
 from bmjax.prune.masking import Masking, SparsifyState
@@ -143,8 +143,14 @@ def ac_dc(
     Raises:
         ValueError: as `sparsify`, or a value out of range.
     """
+    for what, value in (("phase", phase), ("begin", begin), ("end", end)):
+        kinds.whole(f"{what} of ac_dc, in steps,", value)
     if phase < 1 or not 0 <= begin < end:
         raise ValueError(f"ac_dc is given phase {phase}, begin {begin} and end {end}; expected phase >= 1 and 0 <= begin < end")
+    if begin + phase >= end:
+        raise ValueError(
+            f"ac_dc is given phase {phase}, begin {begin} and end {end}, so no dense phase would come; give a smaller phase"
+        )
     chosen = plan.make(sparsity=sparsity, allocation=allocation, where=where, stacked=stacked)
 
     def init(params: Params) -> SparsifyState:
@@ -236,10 +242,18 @@ def _stored(masks: Params, packed: bool) -> Any:
 
 
 def _evolving(name: str, chosen: Plan, grow: _Grow, begin: int, end: int, every: int, drop: float, packed: bool) -> Masking:
+    kinds.number("the drop fraction", drop)
+    for what, value in (("begin", begin), ("end", end), ("every", every)):
+        kinds.whole(f"{what} of {name}, a step,", value)
     if every < 1 or not 0 <= begin < end or not 0 < drop < 1:
         raise ValueError(
             f"{name} is given begin {begin}, end {end}, every {every} and drop {drop}; "
             "expected 0 <= begin < end, every >= 1 and drop in (0, 1)"
+        )
+    if begin + every > end:
+        raise ValueError(
+            f"{name} is given begin {begin}, end {end} and every {every}, so masks would never change; give a smaller every, or "
+            "take static_sparse"
         )
 
     def advance(gradients: Params, state: SparsifyState, params: Params) -> tuple[Params, SparsifyState]:

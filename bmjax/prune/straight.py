@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from bmjax import trace
 from bmjax.prune import masking, plan
 from bmjax.prune.allocation import Allocation
 from bmjax.prune.criteria import Criterion
+from bmjax.prune.masking import SparsifyState
 from bmjax.prune.patterns import Pattern, Sparsity
 from bmjax.prune.report import masks
 from bmjax.prune.schedules import Schedule, periodic
@@ -87,8 +89,21 @@ def straight_through(
 def through_masks(params: Params, opt_state: Any, step: Any = None) -> Any:
     """The view of `straight_through`, which needs nothing but the masks in the optimiser's state: the parameters, zero where
     they are hidden.
+
+    Raises:
+        ValueError: another transform with a state follows in the chain, so that the masks are not of updated weights.
     """
+    chains = jax.tree.leaves(opt_state, is_leaf=_holds_masks)
+    for parts in filter(_holds_masks, chains):
+        after = itertools.dropwhile(lambda part: not isinstance(part, SparsifyState), parts)
+        if jax.tree.leaves(list(after)[1:]):
+            raise ValueError("straight_through's tx is followed by another transform; put it last: optax.chain(optimiser, st.tx)")
     return jax.tree.map(lambda p, mask: p if mask.ndim == 0 else _shown(p, mask), params, masks(opt_state, params))
+
+
+def _holds_masks(node: Any) -> bool:
+    """Whether it is the state of a chain with masks in it."""
+    return type(node) is tuple and any(isinstance(part, SparsifyState) for part in node)
 
 
 @jax.custom_jvp
