@@ -152,7 +152,12 @@ def kernels():
 
 
 @pytest.mark.parametrize(
-    "how", [{"method": "static"}, {"method": "rigl", "interval": 5}, {"score": "random", "schedule": "one_shot", "begin": 0.0, "end": 0.1}]
+    "how",
+    [
+        {"method": "static"},
+        {"method": "rigl", "interval": 5},
+        {"score": "random", "schedule": "one_shot", "begin": 0.0, "end": 0.1},
+    ],
 )
 def test_random_masks_go_by_the_seed_of_the_run(how):
     def mask(seed):
