@@ -56,7 +56,9 @@ def _target_or_not(log_p: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _among_others(log_p: jax.Array, target: jax.Array) -> jax.Array:
-    return jax.nn.log_softmax(jnp.where(target, _NEVER, jnp.maximum(log_p, _NEVER)))
+    kept = ~target & (log_p > -jnp.inf)
+    z = jnp.where(kept, log_p, _NEVER)
+    return jnp.where(kept, z - jax.nn.logsumexp(z, axis=-1, keepdims=True), -jnp.inf)
 
 
 def _log_sum(log_p: jax.Array, kept: jax.Array) -> jax.Array:

@@ -164,11 +164,13 @@ def dkd(
 ) -> jax.Array:
     """`distill.dkd` of two heads: T^2 (alpha TCKD + beta NCKD). As for `kd`; labels [...] int in [0, V)."""
     check_temperature(temperature)
+    there = (labels >= 0) & (labels < student[1].shape[-1])
+    labels = jnp.where(there, labels, 0)  # an ignored one must not reach the gradient of its item
     others = head_divergence(_forward, student, teacher, temperature, chunks, without=labels, name="dkd")
     pair = (head_coarse(head, labels[..., None], temperature, chunks) for head in (student, teacher))
     log_q, log_p = (jax.nn.log_softmax(z) for z in pair)  # of the label, and of all others
     binary = relative_entropy(jax.lax.stop_gradient(log_p), log_q)
-    return squared(alpha * binary + beta * others, temperature, t_squared)
+    return jnp.where(there, squared(alpha * binary + beta * others, temperature, t_squared), jnp.nan)
 
 
 def logit_standardized_kd(
