@@ -28,7 +28,7 @@ def dkd(
 
     Args:
         s, t: student's and teacher's logits [..., C] float.
-        labels: [...] int in [0, C).
+        labels: [...] int in [0, C); the value of any other is NaN.
         alpha, beta: of the two parts.
         temperature: above 0.
         t_squared: False leaves the factor T^2 out.
@@ -47,18 +47,20 @@ def dkd(
     target = labels[..., None] == jnp.arange(s.shape[-1])
     binary = relative_entropy(_target_or_not(log_p, target), _target_or_not(log_q, target))
     others = relative_entropy(_among_others(log_p, target), _among_others(log_q, target))
-    return squared(alpha * binary + beta * others, temperature, t_squared)
+    there = (labels >= 0) & (labels < s.shape[-1])
+    return jnp.where(there, squared(alpha * binary + beta * others, temperature, t_squared), jnp.nan)
 
 
 def _target_or_not(log_p: jax.Array, target: jax.Array) -> jax.Array:
     """[..., 2]: the logarithms of p of the label and of all others together; the latter by their own sum, as 1 - p cancels."""
-    return jnp.stack([_log_sum(log_p, target), _log_sum(log_p, ~target)], axis=-1)
+    return jnp.stack([jnp.sum(jnp.where(target, log_p, 0.0), axis=-1), _log_sum(log_p, ~target)], axis=-1)
 
 
 def _among_others(log_p: jax.Array, target: jax.Array) -> jax.Array:
-    kept = ~target & (log_p > -jnp.inf)
-    z = jnp.where(kept, log_p, _NEVER)
-    return jnp.where(kept, z - jax.nn.logsumexp(z, axis=-1, keepdims=True), -jnp.inf)
+    found = jax.nn.log_softmax(jnp.where(target, _NEVER, jnp.maximum(log_p, _NEVER)))
+    # A class that is ruled out keeps the slope of its logarithm, as in `kd`.
+    found = jnp.where(log_p > -jnp.inf, found, log_p - _log_sum(log_p, ~target)[..., None])
+    return jnp.where(target, -jnp.inf, found)
 
 
 def _log_sum(log_p: jax.Array, kept: jax.Array) -> jax.Array:

@@ -168,7 +168,9 @@ def dkd(
     labels = jnp.where(there, labels, 0)  # an ignored one must not reach the gradient of its item
     others = head_divergence(_forward, student, teacher, temperature, chunks, without=labels, name="dkd")
     pair = (head_coarse(head, labels[..., None], temperature, chunks) for head in (student, teacher))
-    log_q, log_p = (jax.nn.log_softmax(z) for z in pair)  # of the label, and of all others
+    mine, theirs = pair
+    there &= ~jnp.isnan(mine + theirs).any(-1)
+    log_q, log_p = (jax.nn.log_softmax(jnp.where(there[..., None], z, 0.0)) for z in (mine, theirs))  # the label, all others
     binary = relative_entropy(jax.lax.stop_gradient(log_p), log_q)
     return jnp.where(there, squared(alpha * binary + beta * others, temperature, t_squared), jnp.nan)
 

@@ -64,7 +64,7 @@ def head_divergence(
         summand: elementwise on float32 arrays of one shape; log-probabilities may be -inf. Its derivative must be finite there.
         student, teacher: heads, (hidden [..., D], kernel [D, V], bias [V] or None); each has its own D.
         temperature: above 0. A pair has one for each item [...], of the student and of the teacher; the student's gets its
-            gradient then.
+            gradient then, and logits count as differences from their mean over the classes that are not -inf.
         chunks: how much of the logits exists at a time.
         without: [...] int, a class of each item that takes no part: its log-probabilities are -inf.
         name: for errors.
@@ -189,21 +189,25 @@ def _divergence_forward(
 def _divergence_backward(static: _Static, kept: Any, cotangent: jax.Array) -> Any:
     student, teacher, items, slopes = kept
     sizes = static.sizes
-    by_own = jnp.zeros_like(cotangent)
+    by_own, more = jnp.zeros_like(cotangent), tuple[jax.Array, ...]()
     if static.warm:
         # By the temperature T: minus the sum over the classes of the slope by z / T times log p_s, over T.
-        total, product, mean = slopes
-        by_own = cotangent * tiles.join(sizes, (total * mean - product) / items.own)
+        total, product, mean, beyond, kept_classes, whole = slopes
+        # Logits that are centred first: what classes that are ruled out would take from the mean, all others give.
+        shift = beyond / jnp.maximum(kept_classes, 1)
+        moved = tiles.join(sizes, (total * mean - product - shift * whole) / items.own)
+        more = (shift,)
+        by_own = jnp.where(cotangent != 0, cotangent * moved, 0.0)
 
-    def slope(where: Tile, logits: list[jax.Array], total: jax.Array, items: _Items) -> jax.Array:
+    def slope(where: Tile, logits: list[jax.Array], total: jax.Array, items: _Items, *shift: jax.Array) -> jax.Array:
         log_s, log_t = _pair(where, logits, items)
         slopes = _summands(static.summand, log_s, log_t)[1] - jnp.exp(log_s) * total[:, None, None]
-        if static.warm or items.without is not None:
-            slopes = jnp.where(log_s > -jnp.inf, slopes, 0.0)  # what does not count has no slope
+        if shift:
+            slopes = jnp.where(log_s > -jnp.inf, slopes + shift[0][:, None, None], 0.0)
         return tiles.over(slopes, items.own)
 
     heads = [_rounds(sizes, head) for head in (student, teacher)]
-    grads = tiles.pull_back(sizes, heads, slope, tiles.split(sizes, cotangent), (slopes[0], items))
+    grads = tiles.pull_back(sizes, heads, slope, tiles.split(sizes, cotangent), (slopes[0], items, *more))
     return grads, None, by_own, None, None
 
 
@@ -228,8 +232,8 @@ def _items(sizes: Plan, heads: list[Head], own: jax.Array, other: jax.Array, wit
 
 
 def _sums(static: _Static, heads: list[Head], items: _Items, *, slopes: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The loss [items], and [rounds, n]: the sum of its derivatives g' by log p_s and, if the temperatures get a gradient, the
-    sum of g' log p_s and that of p_s log p_s.
+    """The loss [items], and sums over the classes [rounds, n]: its derivatives g' by log p_s and, if the temperatures get a
+    gradient, g' log p_s, p_s log p_s, g' of classes that the student rules out, the number of all others, and their log p_s.
     """
     warm = slopes and static.warm
 
@@ -239,11 +243,12 @@ def _sums(static: _Static, heads: list[Head], items: _Items, *, slopes: bool) ->
         if slopes:
             found = _summands(static.summand, log_s, log_t)
         if warm:
-            low = jnp.where(log_s > -jnp.inf, log_s, 0.0)  # a class that is ruled out does not move
-            found = (*found, found[1] * low, jnp.exp(log_s) * low)
+            kept = log_s > -jnp.inf
+            low = jnp.where(kept, log_s, 0.0)  # a class that is ruled out does not move
+            found = (*found, found[1] * low, jnp.exp(log_s) * low, jnp.where(kept, 0.0, found[1]), kept.astype(low.dtype), low)
         return tuple(before + jnp.where(where.fresh, x, 0.0).sum(-1) for before, x in zip(sums, found))
 
-    start = tiles.nothing(static.sizes, *[0.0] * (4 if warm else 2 if slopes else 1))
+    start = tiles.nothing(static.sizes, *[0.0] * (7 if warm else 2 if slopes else 1))
     value, *rest = tiles.sweep(static.sizes, heads, tile, start, (items,))
     return tiles.join(static.sizes, value.sum(-1)), tuple(x.sum(-1) for x in rest)
 

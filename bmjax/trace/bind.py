@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-from jax.extend.core import JaxprEqn
+from typing import Any, Protocol
 
 
-def bind(eqn: JaxprEqn, inputs: Sequence[Any], **changes: Any) -> Sequence[Any]:
+class Bound(Protocol):
+    """An equation, or what is known of one: a primitive and its parameters."""
+
+    primitive: Any
+    params: Any
+
+
+def bind(eqn: Bound, inputs: Sequence[Any], **changes: Any) -> Sequence[Any]:
     """The equation's outputs, with some of its parameters changed."""
     found = eqn.primitive.get_bind_params({**eqn.params, **changes})
     functions, params = found if isinstance(found, tuple) else ((), found)  # a tuple before jax 0.10

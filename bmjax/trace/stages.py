@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from bmjax.trace.bind import bind
 from bmjax.trace.linear import Constant, Loop, Planner, Product, Run, runs
 
 
@@ -97,10 +98,7 @@ def _segment(steps: Sequence[Run], wanted: set[int], batched: bool, planner: Pla
         env: dict[int, Any] = dict(zip(ins, values))
         for step in steps:
             inputs = [value.value if isinstance(value, Constant) else env[value] for value in step.ins]
-            found = step.primitive.get_bind_params(step.params)
-            functions, params = found if isinstance(found, tuple) else ((), found)  # a tuple before jax 0.10
-            results = step.primitive.bind(*functions, *inputs, **params)
-            env.update(zip(step.outs, results if step.primitive.multiple_results else [results]))
+            env.update(zip(step.outs, bind(step, inputs)))
         return [env[slot] for slot in outs]
 
     return Segment(ins, outs, jax.jit(program), batched, keep)
