@@ -267,8 +267,12 @@ def test_after_ctrl_c_what_runs_is_told_once_and_nothing_else_starts(tmp_path, m
             self.ended.set()
 
     monkeypatch.setattr(subprocess, "Popen", Process)
-    with pytest.raises(SystemExit) as end:
-        launch("--grid=config.seed=0,1,2", f"--workdir={tmp_path}")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started without it
+    try:
+        with pytest.raises(SystemExit) as end:
+            launch("--grid=config.seed=0,1,2", f"--workdir={tmp_path}")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert end.value.code == 130
     assert told == [signal.SIGINT]
     assert not (tmp_path / jobs.RESULTS).exists()
