@@ -106,8 +106,10 @@ def identity(directory: str) -> str:
     """SHA-256 of what an exported teacher is: its parameters, its state and its architecture, not the folder or the date.
 
     Raises:
-        ValueError: the folder is no export, nor a workdir that holds one.
+        ValueError: the folder is no export, nor a workdir that holds one, or several are given.
     """
+    if "," in directory and not pathlib.Path(directory).exists():
+        raise ValueError(f"the teacher is {directory}: a cache is of one export; several as one are an export of generations")
     inner = pathlib.Path(directory) / EXPORT
     about, files = manifest.read(inner if inner.is_dir() else directory)
     hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}

@@ -187,8 +187,16 @@ def _names(number: int) -> list[str]:
     return ["teacher", *(f"teacher {i}" for i in range(2, number + 1))]
 
 
+def _softened(net: Net, temperature: float) -> Net:
+    """An ensemble averages softened probabilities, exported as one or given as several; any other network as it is."""
+    if not isinstance(net.model, distill.Ensemble):
+        return net
+    return net._replace(model=dataclasses.replace(net.model, temperature=temperature))
+
+
 def _together(bench: Bench, tutor: Teacher, members: dict[str, Net]) -> Teachers:
-    found = {name: lowered(bench, net, tutor.precision) for name, net in members.items()}
+    softened = {name: _softened(net, tutor.distill.temperature) for name, net in members.items()}
+    found = {name: lowered(bench, net, tutor.precision) for name, net in softened.items()}
     if len(found) == 1:
         return Teachers(found, *found.values())
     how = {"choose": tutor.combine} if tutor.combine in CHOICES else {"space": tutor.combine}
