@@ -217,7 +217,7 @@ def test_a_batch_without_a_path_has_a_name():
         (lambda: prune.sparse_evolution(optax.sgd(0.1), sparsity=0.5, end=500, drop="x"), "the drop fraction is 'x'"),
         (lambda: prune.ac_dc(optax.sgd(0.1), sparsity=0.5, phase=100, end=50), "so no dense phase would come"),
         (lambda: prune.ac_dc(optax.sgd(0.1), sparsity=0.5, phase=2.5, end=50), "phase of ac_dc, in steps, is 2.5"),
-        (lambda: prune.around(0.1, sparsity=0.5), "the optimiser is 0.1; expected an optax transform"),
+        (lambda: prune.around(0.1, sparsity=0.5), "the optimiser is 0.1; expected what one of these gives: optax.adamw"),
         (lambda: prune.around(optax.adam, sparsity=0.5), r"the optimiser is the function adam itself; call it: adam\("),
         (lambda: prune.straight_through(prune.saliency(), sparsity=0.5), "ranks weights after their update, and saliency"),
         (lambda: layerwise(X), "expected several batches: give a list of them"),

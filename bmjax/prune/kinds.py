@@ -15,6 +15,7 @@ MADE_BY = {
     "pattern": "unstructured(), n_m(2, 4), block(4, 4), channel() or groups(...)",
     "allocation": "uniform(), global_threshold(), by_layer(...), erdos_renyi(), owl() or from_sensitivity(...)",
     "schedule": "constant(), one_shot(step), cubic(begin, end), linear(begin, end) or iterative(begin, end, rounds)",
+    "optimiser": "optax.adamw(1e-3), optax.chain(...) or another optax transform",
     "method": "wanda(), sparsegpt() or smallest()",
 }
 

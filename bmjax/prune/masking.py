@@ -157,9 +157,7 @@ def remember(masking: Masking) -> optax.GradientTransformationExtraArgs:
 def wrap(optimizer: optax.GradientTransformation, masking: Masking) -> optax.GradientTransformationExtraArgs:
     """The masking around a whole optimiser, which works on kept weights only: see `around`."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
-        given = getattr(optimizer, "__name__", "") if callable(optimizer) else ""
-        what = f"the function {given} itself; call it: {given}(...)" if given else kinds.shown(optimizer)
-        raise ValueError(f"the optimiser is {what}" if given else f"the optimiser is {what}; expected an optax transform")
+        kinds.expect("optimiser", optimizer, optax.GradientTransformation)
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> AroundState:
