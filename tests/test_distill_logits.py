@@ -233,6 +233,9 @@ def test_the_mixtures_gradients_are_those_of_the_formula():
 
 def test_standardised_logits_know_neither_scale_nor_shift():
     np.testing.assert_allclose(distill.logit_standardized_kd(3 * T + 2, T), np.zeros(B), atol=1e-6)
+    alike, teacher = jnp.full_like(S, 5.3), (T - T.mean(-1, keepdims=True)) / T.std(-1, keepdims=True)
+    slopes = jax.grad(lambda s: distill.logit_standardized_kd(s, T).sum())(alike)
+    np.testing.assert_allclose(slopes, jax.grad(lambda s: distill.kd(s, teacher, 2.0).sum())(alike), rtol=1e-5, atol=1e-6)
     masked = lambda x: np.concatenate([x, np.full((B, 2), -np.inf, np.float32)], -1)
     found = distill.logit_standardized_kd(masked(S), masked(T))
     np.testing.assert_allclose(found, distill.logit_standardized_kd(S, T), rtol=1e-5)

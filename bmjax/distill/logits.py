@@ -20,6 +20,7 @@ from bmjax.distill.numerics import (
     relative_entropy,
     squared,
 )
+from bmjax.losses.deviation import LEAST
 
 
 def kl_divergence(student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -111,7 +112,8 @@ def logit_standardized_kd(s: jax.Array, t: jax.Array, temperature: float = 2.0, 
     """`kd` of standardised logits: (z - mean) / (standard deviation over the classes) / T (Sun et al. 2024, algorithm 1).
 
     The student need not match the range of the teacher's logits, only their relations. The paper's weight is 9, beside 0.1 of the
-    task's loss. Classes of -inf take no part in the mean and the deviation, and stay at -inf.
+    task's loss. Classes of -inf take no part in the mean and the deviation, and stay at -inf. Logits that are all alike, as those
+    of a last layer that starts at zero, are divided by 1.
 
     Arguments, shapes and errors as for `kd`; 0 where s = a t + b with a > 0.
     """
@@ -123,11 +125,14 @@ def _standardized(logits: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     kept = logits > -jnp.inf
     count = jnp.maximum(kept.sum(-1, keepdims=True), 1)
-    centred = jnp.where(kept, logits, 0.0)
+    # About the largest first, so that logits which are all alike are exactly 0.
+    top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    centred = jnp.where(kept, logits - jnp.where(top > -jnp.inf, top, 0.0), 0.0)
     centred = jnp.where(kept, centred - centred.sum(-1, keepdims=True) / count, 0.0)
     variance = jnp.square(centred).sum(-1, keepdims=True) / count
-    # Bounded before the root, whose slope at 0 is infinite.
-    return jnp.where(kept, centred * jax.lax.rsqrt(jnp.maximum(variance, 1e-14)), -jnp.inf)
+    # Chosen before the root, whose slope at 0 is infinite.
+    alike = variance <= LEAST**2
+    return jnp.where(kept, centred * jax.lax.rsqrt(jnp.where(alike, 1.0, variance)), -jnp.inf)
 
 
 def label_smoothing_teacher(
