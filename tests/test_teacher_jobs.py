@@ -233,6 +233,7 @@ def test_copies_differ_and_each_item_takes_one(source, tmp_path):
         (lambda: Teacher(pretrained="a,b", weights=(1.0,)), "weights has 1 numbers for 2 teachers"),
         (lambda: Teacher(pretrained="a,b", combine="right", weights=(1.0, 2.0)), "give one of them"),
         (lambda: Teacher(pretrained="a", copies=2), "need no training"),
+        (lambda: Teacher(pretrained="a,b", distill=Distill(chunked=True)), "set combine to logits, or"),
         (lambda: Teacher(), "a teacher needs pretrained"),
         (lambda: Teacher(pretrained="a", export="ensemble"), "set generations to 2"),
         (lambda: Teacher(cached="a", generations=2), "one teacher that does not run"),

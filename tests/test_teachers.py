@@ -73,6 +73,30 @@ def test_the_average_of_logits_is_the_geometric_mean():
     np.testing.assert_allclose(found, np.average(Z.astype(np.float64), axis=0, weights=W), rtol=1e-5, atol=1e-6)
 
 
+class Headed(Constant):
+    """A network whose head is its parameters."""
+
+    def apply(self, params, model_state, batch, *, train=False, rngs=None, capture=()):
+        hidden, kernel, bias = params["head"]
+        return Outputs(hidden @ kernel + (0 if bias is None else bias), {}, params["head"]), model_state
+
+
+def test_averaged_logits_have_one_head_and_what_is_no_average_of_logits_has_none():
+    draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    heads = [(draw(B, 3), draw(3, C), draw(C)), (draw(B, 5), draw(5, C), None), (draw(B, 2), draw(2, C), draw(C))]
+    params = {str(i): {"head": head} for i, head in enumerate(heads)}
+    run = lambda models, **how: distill.ensemble(models, **how).apply(params, {}, BATCH)[0]
+    for weights in (None, W, [0, 1, 0]):
+        found = run([Headed()] * 3, weights=weights, space="logits")
+        hidden, kernel, bias = found.head
+        assert len(kernel) == sum(len(head[1]) for head, used in zip(heads, [1, 1, 1] if weights is None else weights) if used)
+        np.testing.assert_allclose(hidden @ kernel + (0 if bias is None else bias), found.logits, rtol=1e-4, atol=1e-5)
+    assert run([Headed()] * 3).head is None
+    assert run([Headed()] * 3, space="logits", choose="confident").head is None
+    params["1"] = {"z": jnp.asarray(Z[0])}
+    assert run([Headed(), Constant(), Headed()], space="logits").head is None
+
+
 def test_extreme_and_masked_logits_stay_finite():
     z = np.stack([1e4 * Z[0], -1e4 * Z[1]])
     z[:, :, 1] = -np.inf

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.distill.numerics import check_temperature
-from bmjax.losses import cross_entropy
+from bmjax.losses import Head, cross_entropy
 from bmjax.models.checks import check_capture
 from bmjax.parallel import collectives
 from bmjax.types import Batch, Model, Outputs, Params
@@ -110,12 +110,12 @@ class Ensemble:
         rngs: Mapping[str, jax.Array] | None = None,
         capture: tuple[str, ...] = (),
     ) -> tuple[Outputs, Params]:
-        """See `Model.apply`; logits float32.
+        """See `Model.apply`; logits float32. A head where every model gives one and what is averaged are logits, by weights.
 
         Raises:
             ValueError: logits of different shapes, an unknown feature, or a choice of another shape than the items'.
         """
-        logits, features, states = [], {}, {}
+        logits, heads, features, states = [], [], {}, {}
         for i, model in enumerate(self.models):
             own = tuple(name.partition("/")[2] for name in capture if name.partition("/")[0] == str(i))
             found, states[str(i)] = model.apply(
@@ -123,11 +123,12 @@ class Ensemble:
             )
             # Split over their rows alone: an index into classes that a device has only a part of aborts some compilers.
             logits.append(collectives.rows(found.logits.astype(jnp.float32)))
+            heads.append(found.head)
             features.update({f"{i}/{name}": value for name, value in found.features.items()})
         if len({z.shape for z in logits}) > 1:
             raise ValueError(f"the teachers' logits are {', '.join(str(list(z.shape)) for z in logits)}; they must agree")
         check_capture(capture, (*features, *self.features))
-        return Outputs(self._together(logits, batch), features), states
+        return Outputs(self._together(logits, batch), features, self._head(heads)), states
 
     def resize(self, sizes: Mapping[str, int]) -> Model:
         """Raises ValueError: the models have sizes of their own."""
@@ -139,6 +140,17 @@ class Ensemble:
         used = [i for i, weight in enumerate(self.weights) if weight > 0]
         weights = jnp.asarray([self.weights[i] for i in used], jnp.float32)
         return self._mixed([logits[i] for i in used], weights)
+
+    def _head(self, given: Sequence[tuple[jax.Array, jax.Array, jax.Array | None] | None]) -> Head | None:
+        """The weighted sum of several heads' logits as one head: hidden states and kernels, one after the other."""
+        heads = [Head(*head) for head in given if head is not None]
+        if self.space != "logits" or self.choose is not None or len(heads) < len(self.models):
+            return None
+        used = [(head, weight) for head, weight in zip(heads, self.weights) if weight > 0]
+        hidden = [(weight * head.hidden.astype(jnp.float32)).astype(head.hidden.dtype) for head, weight in used]
+        biases = [weight * head.bias.astype(jnp.float32) for head, weight in used if head.bias is not None]
+        bias = sum(biases[1:], biases[0]) if biases else None
+        return Head(jnp.concatenate(hidden, axis=-1), jnp.concatenate([head.kernel for head, _ in used]), bias)
 
     def _mixed(self, logits: list[jax.Array], weights: jax.Array) -> jax.Array:
         """The average with weights [..., n]."""

@@ -77,6 +77,11 @@ class Teacher:
             raise ValueError(f"weights and combine={self.combine} are two ways to weigh the teachers; give one of them")
         if self.number == 1 and (self.weights or self.combine != "probability"):
             raise ValueError("weights and combine are of several teachers, and there is one; give copies, or leave them out")
+        if self.number > 1 and self.distill.chunked and self.combine != "logits":
+            raise ValueError(
+                f"a chunked loss needs one head, and several teachers with combine={self.combine} have none; set combine to "
+                "logits, or distill.chunked to False"
+            )
         # With a model both may come from a preset, and its `pretrained` from a flag.
         if self.model is None and self.run != Run():
             raise ValueError("run trains a teacher from its model, and none is given; give model, or leave run out")

@@ -22,7 +22,8 @@ def head_deviation(
 ) -> jax.Array:
     """Standard deviation of an item's logits hidden @ kernel + bias over the classes; those of -inf take no part.
 
-    Where it is at most `LEAST`, as of a last layer that starts at zero, it is 1 with a gradient of 0. Means and sums of squares about them are merged tile by tile (Chan, Golub & LeVeque 1983), so that nothing cancels.
+    Where it is at most `LEAST`, as of a last layer that starts at zero, it is 1 with a gradient of 0. Means and sums of squares
+    about them are merged tile by tile (Chan, Golub & LeVeque 1983), so that nothing cancels.
 
     Args:
         head: (hidden [..., D], kernel [D, V], bias [V] or None), float; products are summed in float32.
