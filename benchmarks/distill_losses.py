@@ -15,14 +15,14 @@ class Pair(NamedTuple):
         stages: {student's map: teacher's}, stage by stage or layer by layer.
         final: {student's last feature: teacher's}.
         attention: {student's layer: teacher's}, prefixes such as "layers/1/attention".
-        examples: in the training split, for a memory bank.
+        examples: ids of the training split, for a memory bank.
         batch: examples a step, which a paper's weight may be counted in.
     """
 
     stages: Mapping[str, str]
     final: Mapping[str, str]
     attention: Mapping[str, str]
-    examples: int
+    examples: Any
     batch: int
 
 

@@ -156,7 +156,7 @@ class Bench:
         stages = {last(given.student_depth, i): last(given.depth, i) for i in range(3)}
         rule: dict[str, Any] = {"name": "sgdw", "momentum": 0.9, "nesterov": True, "weight_decay": given.weight_decay}
         optimizer = Optimizer(learning_rate=given.learning_rate, warmup=0.05, **rule)
-        pair = distill_losses.Pair(stages, {"final": "final"}, {}, len(self.dataset.train), given.batch)
+        pair = distill_losses.Pair(stages, {"final": "final"}, {}, self.dataset.train.id, given.batch)
         return Family(*found, optimizer, pair)
 
     @functools.cached_property
@@ -173,7 +173,7 @@ class Bench:
         )
         layers = {f"layers/{i}": f"layers/{2 * i + 1}" for i in range(2)}
         attention = {f"{mine}/attention": f"{theirs}/attention" for mine, theirs in layers.items()}
-        pair = distill_losses.Pair(layers, {"final": "final"}, attention, len(self.dataset.train), self.arguments.batch)
+        pair = distill_losses.Pair(layers, {"final": "final"}, attention, self.dataset.train.id, self.arguments.batch)
         return Family(big, small, Optimizer(learning_rate=2e-3, weight_decay=1e-2, warmup=0.05), pair)
 
     def family(self, kind: str) -> Family:

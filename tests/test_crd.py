@@ -75,9 +75,15 @@ def context(params, state, key):
     return Context(params, state, jnp.int32(0), key, same, same)
 
 
-def test_the_bank_gives_the_negatives_and_remembers_the_batch():
-    term = distill.crd_term("s", "t", examples=EXAMPLES, negatives=NEGATIVES, width=3, temperature=0.2, momentum=0.4, weight=2.0)
-    batch = {"id": jnp.array([3, 7, 7, 11, 25], jnp.int32), "weights": jnp.asarray(WEIGHTS)}
+SPARSE = RNG.permutation(100)[:EXAMPLES]  # of a split, whose ids are rows of the whole data set
+
+
+@pytest.mark.parametrize("examples", [EXAMPLES, SPARSE])
+def test_the_bank_gives_the_negatives_and_remembers_the_batch(examples):
+    term = distill.crd_term("s", "t", examples=examples, negatives=NEGATIVES, width=3, temperature=0.2, momentum=0.4, weight=2.0)
+    places = np.array([3, 7, 7, 11, 19])
+    ids = places if examples is EXAMPLES else np.sort(SPARSE)[places]
+    batch = {"id": jnp.asarray(ids, jnp.int32), "weights": jnp.asarray(WEIGHTS)}
     outputs = [Outputs(jnp.zeros((5, 2)), {name: jnp.asarray(x)}) for name, x in (("s", S), ("t", T))]
     params, bank = term.init(jax.random.key(1), *outputs)
     for rows in bank.values():
@@ -88,7 +94,7 @@ def test_the_bank_gives_the_negatives_and_remembers_the_batch():
     drawn = np.asarray(jax.random.randint(jax.random.key(2), (NEGATIVES,), 0, EXAMPLES))
     old = {name: np.asarray(rows, np.float64) for name, rows in bank.items()}
     values = []
-    for i, own in enumerate(batch["id"]):
+    for i, own in enumerate(places):
         others = [j for j in drawn if j != own]
         h = functools.partial(critic, negatives=len(others), examples=EXAMPLES, temperature=0.2)
         value = -2 * np.log(h(s[i], t[i]))
@@ -96,12 +102,25 @@ def test_the_bank_gives_the_negatives_and_remembers_the_batch():
         values.append(value)
     np.testing.assert_allclose(mean.value(), 2 * np.average(values, weights=WEIGHTS), rtol=1e-5)
     np.testing.assert_allclose(mean.count, WEIGHTS.sum(), rtol=1e-6)
-    # Row 7 is there twice, and its second place has weight 0; row 25 is no row.
+    # Row 7 is there twice, and its second place has weight 0.
     for name, x in (("student", s), ("teacher", t)):
         want = old[name].copy()
-        for place, row in ((0, 3), (1, 7), (3, 11)):
+        for place, row in ((0, 3), (1, 7), (3, 11), (4, 19)):
             want[row] = unit(0.4 * old[name][row] + 0.6 * x[place])
         np.testing.assert_allclose(new[name], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("examples", "unknown"), [(EXAMPLES, EXAMPLES), (EXAMPLES, -1), (np.array([2, 5, 9]), 6)])
+def test_an_example_that_is_not_in_the_bank_has_no_loss_unless_it_is_padding(examples, unknown):
+    term = distill.crd_term("s", "t", examples=examples, negatives=NEGATIVES, width=3)
+    outputs = [Outputs(jnp.zeros((2, 2)), {name: jnp.asarray(x[:2])}) for name, x in (("s", S), ("t", T))]
+    params, bank = term.init(jax.random.key(1), *outputs)
+    for padding in (False, True):
+        batch = {"id": jnp.array([2, unknown]), "weights": jnp.array([1.0, 1.0 - padding])}
+        mean, new = term.apply(context(params, bank, jax.random.key(2)), *outputs, batch)
+        assert np.isfinite(mean.value()) == padding
+        for name, rows in new.items():
+            assert (np.asarray(rows != bank[name]).any(axis=1).sum()) == 1
 
 
 def test_a_schedule_is_its_weight():
@@ -121,8 +140,8 @@ def test_a_schedule_is_its_weight():
 
 
 def test_of_an_example_that_is_there_twice_the_last_is_remembered():
-    ids, counted = jnp.array([4, 4, 1, 4]), jnp.array([True, True, True, False])
-    bank = contrast._remember(jnp.zeros((5, 4)), jnp.asarray(S[:4]), ids, counted, 0.0)
+    rows, there = jnp.array([4, 4, 1, 4]), jnp.array([True, True, True, False])
+    bank = contrast._remember(jnp.zeros((5, 4)), jnp.asarray(S[:4]), rows, there, 0.0)
     np.testing.assert_allclose(bank, np.stack([np.zeros(4), unit(S[2]), *np.zeros((2, 4)), unit(S[1])]), atol=1e-6)
 
 
@@ -207,6 +226,7 @@ make = functools.partial(distill.crd_term, examples=EXAMPLES)
         (lambda: distill.crd(S, T, temperature=0.0), "the distillation temperature is 0.0; expected a number above 0"),
         (lambda: distill.crd(S, T[:, :3]), r"crd: the student's embeddings are \[5, 4\] and the teacher's \[5, 3\]; give"),
         (lambda: make(temperature=-1.0), "the distillation temperature is -1.0"),
+        (lambda: distill.crd_term(examples=np.ones(3)), "crd: examples is float64; expected the integer ids"),
         (lambda: make(negatives=0), "crd: 0 negatives of 20 examples; expected 1 or more"),
         (lambda: distill.crd_term(examples=1), "crd: 1024 negatives of 1 examples"),
         (lambda: make(momentum=1.0), r"the bank's momentum is 1.0; expected a number in \[0, 1\)"),

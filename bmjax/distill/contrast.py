@@ -11,10 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bmjax.distill.numerics import check_temperature
 from bmjax.distill.shapes import unit
 from bmjax.losses import Schedule, schedules
+from bmjax.losses.features import checked
+from bmjax.losses.makers import cleaned
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
 
 Pair = tuple[jax.Array, jax.Array]
@@ -49,10 +52,10 @@ def crd(
     """
     check_temperature(temperature)
     weights = jnp.ones(len(s)) if weights is None else weights
+    s, t = cleaned((s, t), weights)
     s, t = embedded(s, t, embedding)
-    counted = weights > 0
-    others = counted[None] & ~jnp.eye(len(s), dtype=bool)
-    values = contrasted((s, t), (s, t), others, temperature, examples or jnp.sum(counted))
+    others = (weights > 0)[None] & ~jnp.eye(len(s), dtype=bool)
+    values = contrasted((s, t), (s, t), others, temperature, examples or jnp.sum(weights > 0))
     return Mean.of(values, weights).value()
 
 
@@ -116,7 +119,7 @@ def crd_term(
     student_feature: str = "final",
     teacher_feature: str = "final",
     *,
-    examples: int,
+    examples: int | np.ndarray,
     negatives: int = 1024,
     width: int = 128,
     temperature: float = 0.07,
@@ -125,26 +128,29 @@ def crd_term(
 ) -> Term:
     """The term of `crd` against a memory bank of both networks' embeddings of every example.
 
-    The bank is the term's state, {"student", "teacher"}: float32 [examples, width], in the train state: saved, and the same on
+    The bank is the term's state, {"student", "teacher"}: float32 [M, width], in the train state: saved, and the same on
     every device. Each step draws `negatives` of its rows, one draw for the whole batch, and then mixes the batch's embeddings
     into their own rows, m old + (1 - m) new, normalised. Rows start as random unit vectors. The embeddings' maps are the term's
     parameters: they train in the same step, and are in no export.
 
     Args:
         student_feature, teacher_feature: names as in `Model.features`, [B, ..., C]; positions of weight are averaged.
-        examples: M, how many there are to train on; batch["id"] counts them from 0. An example of another id, or of weight 0,
-            is not remembered.
+        examples: the ids of those to train on, such as dataset.train.id, M in all; or M, where batch["id"] counts them from 0.
+            An example of another id has the loss NaN; one of weight 0 is not remembered.
         negatives: N, drawn with replacement; an anchor leaves its own rows out. The paper has 16384, for 50,000 examples.
         width, temperature: of the embeddings, and of `crd`.
         momentum: m, in [0, 1).
         weight: multiplies the loss; an optax schedule follows the step.
 
     Raises:
-        ValueError: a number out of its range; at init: no teacher; when traced: no batch["id"].
+        ValueError: a number out of its range, ids that are no integers; at init: no teacher; when traced: no batch["id"].
     """
     check_temperature(temperature)
-    if examples < 2 or negatives < 1:
-        raise ValueError(f"crd: {negatives} negatives of {examples} examples; expected 1 or more, of 2 or more")
+    known = np.arange(examples) if isinstance(examples, int) else np.unique(np.asarray(examples))
+    if not np.issubdtype(known.dtype, np.integer):
+        raise ValueError(f"crd: examples is {known.dtype}; expected the integer ids of the examples, or their number")
+    if len(known) < 2 or negatives < 1:
+        raise ValueError(f"crd: {negatives} negatives of {len(known)} examples; expected 1 or more, of 2 or more")
     if not 0 <= momentum < 1:
         raise ValueError(f"crd: the bank's momentum is {momentum}; expected a number in [0, 1)")
     schedules.check("the weight of crd", weight)
@@ -154,26 +160,27 @@ def crd_term(
         if teacher is None:
             raise ValueError("the term crd needs a teacher; give the step one, or leave crd out")
         map_key, *keys = jax.random.split(key, 3)
-        bank = {name: unit(jax.random.normal(key, (examples, width)), -1) for name, key in zip(("student", "teacher"), keys)}
+        bank = {name: unit(jax.random.normal(key, (len(known), width)), -1) for name, key in zip(("student", "teacher"), keys)}
         return begin(map_key, student.features[student_feature], teacher.features[teacher_feature]), bank
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs, batch: Batch) -> tuple[Mean, Any]:
         if "id" not in batch:
             raise ValueError("crd needs batch['id']: one int per example, its row in the bank")
-        ids, weights = batch["id"], batch["weights"]
-        mine, theirs = student.features[student_feature], teacher.features[teacher_feature]
+        rows, weights = _rows(known, batch["id"]), batch["weights"]
+        mine, theirs = cleaned((student.features[student_feature], teacher.features[teacher_feature]), weights)
         pair = embedded(_over_positions(mine, weights), _over_positions(theirs, weights), ctx.params)
-        drawn = jax.random.randint(ctx.key, (negatives,), 0, examples)
-        rows = jax.lax.stop_gradient((ctx.state["student"][drawn], ctx.state["teacher"][drawn]))
-        values = contrasted(pair, rows, drawn[None] != ids[:, None], temperature, examples)
+        drawn = jax.random.randint(ctx.key, (negatives,), 0, len(known))
+        others = jax.lax.stop_gradient((ctx.state["student"][drawn], ctx.state["teacher"][drawn]))
+        values = contrasted(pair, others, drawn[None] != rows[:, None], temperature, len(known))
+        values = jnp.where(rows < len(known), values, jnp.nan)
         values = jnp.broadcast_to(values.reshape(values.shape + (1,) * (weights.ndim - 1)), weights.shape)
-        counted = weights.reshape(len(weights), -1).sum(axis=1) > 0
-        *fresh, ids, counted = ctx.all_gather((*jax.lax.stop_gradient(pair), ids, counted))
-        bank = {name: _remember(ctx.state[name], new, ids, counted, momentum) for name, new in zip(("student", "teacher"), fresh)}
+        there = weights.reshape(len(weights), -1).sum(axis=1) > 0
+        *fresh, rows, there = ctx.all_gather((*jax.lax.stop_gradient(pair), rows, there))
+        bank = {name: _remember(ctx.state[name], new, rows, there, momentum) for name, new in zip(("student", "teacher"), fresh)}
         return Mean.of(schedules.at(weight, ctx.step) * values, weights), bank
 
     follows = {"weight": weight} if callable(weight) else {}
-    return Term(init, apply, (student_feature,), (teacher_feature,), relates_examples=True, schedules=follows)
+    return checked(Term(init, apply, (student_feature,), (teacher_feature,), relates_examples=True, schedules=follows))
 
 
 def _over_positions(x: jax.Array, weights: jax.Array) -> jax.Array:
@@ -185,10 +192,16 @@ def _over_positions(x: jax.Array, weights: jax.Array) -> jax.Array:
     return jnp.sum(counts * jnp.where(counts > 0, x, 0), axes) / jnp.maximum(jnp.sum(counts, axes), 1e-12)
 
 
-def _remember(bank: jax.Array, new: jax.Array, ids: jax.Array, counted: jax.Array, momentum: float) -> jax.Array:
-    """The bank [M, d] with new embeddings [B, d] mixed into the rows `ids`; of an example that is there twice, the last."""
-    kept = counted & (ids >= 0) & (ids < len(bank))
-    twice = (ids[:, None] == ids[None]) & kept[None] & jnp.triu(jnp.ones((len(ids), len(ids)), bool), 1)
-    rows = jnp.where(kept & ~twice.any(axis=1), ids, len(bank))
+def _rows(known: np.ndarray, ids: jax.Array) -> jax.Array:
+    """Where ids [B] stand among the known ones, which are sorted [M]; M for others."""
+    at = jnp.searchsorted(jnp.asarray(known, jnp.int32), ids)
+    return jnp.where(jnp.asarray(known, jnp.int32).at[at].get(mode="clip") == ids, at, len(known))
+
+
+def _remember(bank: jax.Array, new: jax.Array, rows: jax.Array, there: jax.Array, momentum: float) -> jax.Array:
+    """The bank [M, d] with new embeddings [B, d] mixed into its rows; of an example that is there twice, the last."""
+    kept = there & (rows < len(bank))
+    twice = (rows[:, None] == rows[None]) & kept[None] & jnp.triu(jnp.ones((len(rows), len(rows)), bool), 1)
+    rows = jnp.where(kept & ~twice.any(axis=1), rows, len(bank))
     old = bank.at[rows].get(mode="clip")
     return bank.at[rows].set(unit(momentum * old + (1 - momentum) * new, -1), mode="drop")

@@ -37,12 +37,14 @@ def dkd(
         [...] float32, 0 or more; 0 at s = t.
 
     Raises:
-        ValueError: shapes that differ, labels of another shape, a temperature that is not above 0 or not finite.
+        ValueError: shapes that differ, labels of another shape, one class only, a temperature that is not above 0 or not finite.
     """
     check_pair("dkd", s, t)
     check_temperature(temperature)
     if labels.shape != s.shape[:-1]:
         raise ValueError(f"dkd: labels {list(labels.shape)} for logits {list(s.shape)}; give one for each item")
+    if s.shape[-1] < 2:
+        raise ValueError("dkd: the logits have 1 class; expected 2 or more")
     log_p, log_q = log_probabilities(t, temperature), log_probabilities(s, temperature)
     target = labels[..., None] == jnp.arange(s.shape[-1])
     binary = relative_entropy(_target_or_not(log_p, target), _target_or_not(log_q, target))

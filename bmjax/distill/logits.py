@@ -146,7 +146,7 @@ def label_smoothing_teacher(
 
     Args:
         s: student's logits [..., C] float.
-        labels: [...] int in [0, C).
+        labels: [...] int in [0, C); the value of any other is NaN.
         correct: in [0, 1).
         temperature, t_squared: as for `kd`.
 
@@ -169,4 +169,5 @@ def label_smoothing_teacher(
     others = jnp.maximum(jnp.sum(~masked & ~right, axis=-1, keepdims=True), 1)
     log_p = jnp.where(masked, -jnp.inf, jnp.log(jnp.where(right, correct, (1 - correct) / others)))
     log_q = log_probabilities(s, temperature)
-    return squared(relative_entropy(jax.nn.log_softmax(log_p / temperature), log_q), temperature, t_squared)
+    values = squared(relative_entropy(jax.nn.log_softmax(log_p / temperature), log_q), temperature, t_squared)
+    return jnp.where((labels >= 0) & (labels < classes), values, jnp.nan)

@@ -148,8 +148,8 @@ def dist(
 
     inter is the mean over the items of 1 - Pearson's r between the two rows of class probabilities; intra the mean over the
     classes of 1 - r between the two columns. What varies in neither network is left out of the mean, and what varies in one alone
-    has r = 0: of saturated outputs most classes never vary. The paper's weights are beta = gamma = 1 at T = 1 on
-    ImageNet, 2 and 2 at T = 4 on CIFAR, beside the task's loss.
+    has r = 0: of saturated outputs most classes never vary. Classes that both mask by -inf take no part. The paper's weights are
+    beta = gamma = 1 at T = 1 on ImageNet, 2 and 2 at T = 4 on CIFAR, beside the task's loss.
 
     Args:
         s, t: student's and teacher's logits [..., C] float; all leading axes count items.
@@ -168,8 +168,10 @@ def dist(
     check_temperature(temperature)
     flat = lambda x: x.reshape(-1, x.shape[-1])
     q, p, share = rows("dist", flat(s), flat(t), None if weights is None else jnp.ravel(weights))
+    there = (q > -jnp.inf) | (p > -jnp.inf)
     q, p = (jnp.exp(log_probabilities(x, temperature)) for x in (q, p))
-    inter = _uncorrelated([x - x.mean(1, keepdims=True) for x in (q, p)], (q, p), share, 1)
+    mean = lambda x: jnp.sum(x, 1, keepdims=True) / jnp.maximum(jnp.sum(there, 1, keepdims=True), 1)
+    inter = _uncorrelated([jnp.where(there, x - mean(x), 0.0) for x in (q, p)], (q, p), share, 1)
     root = jnp.sqrt(share)[:, None]
     intra = _uncorrelated([root * (x - share @ x) for x in (q, p)], [root * x for x in (q, p)], jnp.ones(q.shape[1]), 0)
     return squared(beta * inter + gamma * jnp.where(share.sum() > 0, intra, 0.0), temperature, t_squared)

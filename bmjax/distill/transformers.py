@@ -35,8 +35,10 @@ def attention_relation(s: jax.Array, t: jax.Array, mask: jax.Array | None = None
     """
     s, t = _scores("attention_relation", s, t)
     kept = _kept("attention_relation", t, mask)
-    log_p, log_q = (jax.nn.log_softmax(jnp.where(kept[:, None, None], jnp.maximum(x, _NEVER), _NEVER)) for x in (t, s))
-    return _over_queries(relative_entropy(log_p, log_q), kept)
+    # What is masked may be NaN: it is replaced before anything is made of it, as 0 times NaN would reach the gradient.
+    asked, seen = kept[:, None, :, None], kept[:, None, None]
+    pair = (jnp.where(asked, jnp.where(seen, jnp.maximum(x, _NEVER), _NEVER), 0.0) for x in (t, s))
+    return _over_queries(relative_entropy(*(jax.nn.log_softmax(x) for x in pair)), kept)
 
 
 def value_relation(s: jax.Array, t: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -57,6 +59,8 @@ def value_relation(s: jax.Array, t: jax.Array, mask: jax.Array | None = None) ->
     """
     for x in (s, t):
         check_axes("value_relation", x, "B, T, heads, d")
+    if mask is not None and all(mask.shape == x.shape[:2] for x in (s, t)):
+        s, t = (jnp.where(mask[..., None, None], x, 0.0) for x in (s, t))  # products of NaN and their slopes are NaN
     return attention_relation(_products(s), _products(t), mask)
 
 

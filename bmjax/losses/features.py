@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from bmjax.losses.makers import _across, _Loss, _loss
+from bmjax.losses.makers import _across, _Loss, _loss, cleaned, of_targets
 from bmjax.losses.schedules import Schedule
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
 
@@ -54,7 +54,9 @@ def on_features(
             teacher, a model without names, or what the map refuses; at init: no teacher, another number of axes or examples, or
             what `fn` itself refuses, such as another width.
     """
-    loss = _loss(fn, weight, kw, trained or {}, per_device)
+    loss = _loss(fn, weight, kw, ("labels", "weights", "mask"), trained, per_device)
+    if loss.alone:
+        raise ValueError(f"{loss.name} takes labels in the place of the teacher's features; put them behind both networks'")
     if not layers:
         raise ValueError(f"{loss.name} was given no layers; name them as {{student's: teacher's}}")
     if project not in (None, "linear", "auto"):
@@ -76,14 +78,14 @@ def on_features(
         for index, group in enumerate(plan.groups):
             pair = _features(params, plan, group, student, teacher)
             own = params["trained"].get(str(index), {})
-            parts.append(_on_pair(ctx, current, pair, batch["weights"], per_device, own))
+            parts.append(_on_pair(ctx, current, pair, batch, per_device, own))
         return Mean(sum((part.total for part in parts), start=jnp.float32(0)), parts[0].count)
 
     features = tuple(layers), tuple(dict.fromkeys(layers.values()))
-    return _checked(Term(init, apply, *features, "weights" in loss.given, schedules=loss.schedules))
+    return checked(Term(init, apply, *features, "weights" in loss.given, schedules=loss.schedules))
 
 
-def _checked(term: Term) -> Term:
+def checked(term: Term) -> Term:
     """The term, which looks for its features when it meets the models."""
 
     def bind(student: Any, teacher: Any) -> Term:
@@ -158,7 +160,9 @@ def _begin(
         own_key = jax.random.fold_in(key, len(plan.pairs) + index)
         try:
             begin = {name: make(own_key, *pair) for name, make in trained.items()}
-            jax.eval_shape(lambda pair, begin: loss.call(*pair, **begin), pair, begin)
+            if not loss.required - {"weights"}:  # what labels and masks will look like is not known yet
+                given = {"weights": jnp.ones(len(jax.tree.leaves(pair)[0]))} if "weights" in loss.required else {}
+                jax.eval_shape(lambda pair, begin, given=given: loss.call(*pair, **begin, **given), pair, begin)
         except ValueError as error:
             names = ", ".join(f"{mine} -> {theirs}" for mine, theirs in group)
             raise ValueError(f"{error} ({names})") from None
@@ -185,22 +189,19 @@ def _features(
     return (mine, theirs) if plan.together else (mine[0], theirs[0])
 
 
-def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], weights: jax.Array, per_device: bool, own: Params) -> Mean:
+def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], batch: Batch, per_device: bool, own: Params) -> Mean:
     """The loss on one pair of features, or of lists of them, over the batch."""
+    weights = batch["weights"]
+    by_example = weights.reshape(len(weights), -1)
     if "weights" in loss.given:
         # A padded position is 0 in both networks; an example counts by the mean weight of its positions.
         at = lambda x: weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim)) > 0
-        kept = pair if weights.ndim == 1 else jax.tree.map(lambda x: jnp.where(at(x), x, 0), pair)
-        items = weights.reshape(len(weights), -1).mean(-1)
-        return _across(ctx, loss, kept, items, weights, per_device, own)
+        kept = cleaned(pair, weights) if weights.ndim == 1 else jax.tree.map(lambda x: jnp.where(at(x), x, 0), pair)
+        return _across(ctx, loss, kept, by_example.mean(-1), batch, per_device, own)
     if "mask" in loss.given:
-        masks = {"mask": weights > 0} if weights.ndim > 1 else {}
-
-        def alone(pair: tuple[Any, Any], masks: dict[str, jax.Array]) -> jax.Array:
-            pair, masks = jax.tree.map(lambda x: x[None], (pair, masks))
-            return loss.call(*pair, **masks, **own)
-
-        values = jax.vmap(alone)(pair, masks)
+        # Not by positions: [B, heads, T, T] begins with other axes than the weights, whatever their sizes.
+        pair, given = cleaned(pair, by_example.max(-1)), {"mask": weights > 0 if weights.ndim > 1 else None}
+        values = of_targets(loss, lambda labels: _one_by_one(loss, pair, {**given, **labels}, own, 1), batch)
         values = jnp.broadcast_to(values.reshape(values.shape + (1,) * (weights.ndim - 1)), weights.shape)
         return Mean.of(loss.weight * values, weights)
     for x in jax.tree.leaves(pair):
@@ -209,7 +210,26 @@ def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], weights: jax.Arra
                 f"{loss.name} compares items with the weights {list(weights.shape)}, and a feature is {list(x.shape)}; its first "
                 "axes must be those of the weights"
             )
-    item = lambda pair: loss.call(*jax.tree.map(lambda x: x[None], pair), **own)
-    for _ in range(weights.ndim):
-        item = jax.vmap(item)
-    return Mean.of(loss.weight * item(pair), weights)
+    pair = cleaned(pair, weights)
+
+    def value(labels: dict[str, jax.Array]) -> jax.Array:
+        # One label for an example holds for all of its positions.
+        further = lambda x: x.reshape(x.shape + (1,) * (weights.ndim - x.ndim))
+        wide = lambda x: jnp.broadcast_to(further(x), weights.shape + x.shape[weights.ndim :])
+        labels = {name: wide(x) for name, x in labels.items()}
+        return _one_by_one(loss, pair, labels, own, weights.ndim)
+
+    values = of_targets(loss, value, batch)
+    return Mean.of(loss.weight * values, weights)
+
+
+def _one_by_one(loss: _Loss, pair: tuple[Any, Any], given: dict[str, Any], own: Params, axes: int) -> jax.Array:
+    """The loss of each item alone, as a batch of 1; items are those of the first `axes` axes."""
+
+    def alone(pair: tuple[Any, Any], given: dict[str, Any]) -> jax.Array:
+        pair, given = jax.tree.map(lambda x: x[None], (pair, given))
+        return loss.call(*pair, **given, **own)
+
+    for _ in range(axes):
+        alone = jax.vmap(alone)
+    return alone(pair, given)

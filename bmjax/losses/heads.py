@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import jax
 
-from bmjax.losses.makers import _Loss, _loss, cut, different
+from bmjax.losses.makers import _Loss, _loss, cut, different, of_targets
 from bmjax.losses.schedules import Schedule
 from bmjax.losses.tiles import Chunks, Head
 from bmjax.parallel import collectives
@@ -41,7 +41,7 @@ def on_head(
             at the first use: no teacher, a model that gives no head, vocabularies that differ, values of another shape than the
             items'.
     """
-    found = _loss(fn, weight, kw, {})
+    found = _loss(fn, weight, kw, ("labels",))
     if "chunks" not in inspect.signature(fn).parameters:
         raise ValueError(
             f"{found.name} takes no chunks, so it is no loss on heads; take one such as distill.vocabulary.kd, or on_logits"
@@ -52,17 +52,13 @@ def on_head(
         heads = _heads(loss, student, teacher, vocabulary)
         items, scale = heads[0].hidden.shape[:-1], cast(jax.Array, loss.weight)
 
-        def value(targets: jax.Array) -> jax.Array:
-            labels = {"labels": targets} if "labels" in loss.given else {}
+        def value(labels: dict[str, jax.Array]) -> jax.Array:
             values = loss.call(*heads, **labels, chunks=here(chunks))
             if values.shape != items:
                 raise ValueError(f"{loss.name} returned {list(values.shape)} for items {list(items)}; return a value for each")
             return scale * values
 
-        if "labels" not in loss.given or "mix" not in batch:
-            return Mean.of(value(batch["targets"]), batch["weights"])
-        mix = batch["mix"].reshape(batch["mix"].shape + (1,) * (len(items) - batch["mix"].ndim))
-        return Mean.of(mix * value(batch["targets"]) + (1 - mix) * value(batch["targets_b"]), batch["weights"])
+        return Mean.of(of_targets(loss, value, batch), batch["weights"])
 
     return Term(lambda key, student, teacher: ({}, {}), apply, schedules=found.schedules)
 

@@ -2,17 +2,19 @@
 
 What a function `(student, teacher, ...)` is given beside the two, it says by the names of its arguments:
 
-- `labels`: the batch's targets; as the second argument it stands in the place of a teacher;
+- `labels`: the batch's targets; as the second argument, of a loss on outputs, it stands in the place of a teacher;
 - `weights` [B]: the function relates examples. It sees the global batch at once and returns one number, and an example of weight
   0 must not move it;
-- `mask` [B, T]: the function relates the positions of an example. It sees the examples one by one, and where the batch has a
-  weight for each position, which of them count.
+- `mask` [B, T], on features: the function relates the positions of an example. It sees the examples one by one, and where the
+  batch has a weight for each position, which of them count; None where all do.
+
+What is not finite at weight 0 is 0: a teacher that is NaN on padding reaches no gradient.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,8 @@ from bmjax.losses import schedules
 from bmjax.losses.schedules import Schedule
 from bmjax.parallel import collectives
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
+
+_GIVEN = {"labels", "weights", "mask"}
 
 
 class _Loss(NamedTuple):
@@ -33,6 +37,7 @@ class _Loss(NamedTuple):
     kw: Mapping[str, Any]
     scheduled: Mapping[str, Schedule]  # those of `kw` that follow the step
     given: frozenset[str]  # which of `labels`, `weights` and `mask` it is to be given
+    required: frozenset[str]  # which of them have no default
     alone: bool  # needs no teacher
 
     def at(self, step: jax.Array) -> _Loss:
@@ -62,13 +67,16 @@ def _loss(
     fn: Callable[..., jax.Array],
     weight: float | Schedule,
     kw: Mapping[str, Any],
-    trained: Mapping[str, Any],
+    gives: Collection[str],
+    trained: Mapping[str, Any] | None = None,
     per_device: bool = False,
 ) -> _Loss:
-    """Raises ValueError on a weight that is not finite, arguments that the function does not take, and a bad temperature."""
+    """Raises ValueError on numbers that are not finite, a bad temperature, arguments that the function does not take, and such as
+    it takes beside those that a maker `gives`.
+    """
     name, parameters = str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)), inspect.signature(fn).parameters
     schedules.check(f"the weight of {name}", weight)
-    names, fixed = [*parameters], {*kw, *trained}
+    names, fixed = [*parameters], {*kw, *(trained or {})}
     second = names[1] if len(names) > 1 else ""
     free = [key for key in names[2:] if key not in ("weights", "mask", "labels")]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -76,13 +84,18 @@ def _loss(
             raise ValueError(f"{name} takes no argument {key!r}; it takes {', '.join(free) or 'none'}")
     scheduled = schedules.found_in(fn, kw)
     for key, value in kw.items():
-        if key in scheduled or (key == "temperature" and isinstance(value, int | float)):
+        if key in scheduled or isinstance(value, int | float):
             temperature = key == "temperature"
             schedules.check("the distillation temperature" if temperature else f"{key} of {name}", value, positive=temperature)
-    given = {"labels", "weights", "mask"} & {*names} - fixed
+    given = _GIVEN & {*names} - fixed
+    if missing := sorted(given - {*gives}):
+        raise ValueError(f"{name} takes an argument {missing[0]!r}, and here there is none; a loss is given {' or '.join(gives)}")
+    if {"weights", "mask"} <= given:
+        raise ValueError(f"{name} takes weights and mask; a loss relates examples or the positions of one, so take one of them")
     if per_device and "weights" not in given:
         raise ValueError(f"{name} sees items one by one, and per_device is for losses that relate examples; leave it out")
-    return _Loss(name, fn, weight, kw, scheduled, frozenset(given), second == "labels")
+    required = {key for key in given if parameters[key].default is inspect.Parameter.empty}
+    return _Loss(name, fn, weight, kw, scheduled, frozenset(given), frozenset(required), second == "labels")
 
 
 def on_logits(
@@ -112,17 +125,17 @@ def on_logits(
             teacher, logits of another shape, values of another shape than the items', or a schedule for a
             number that `fn` must know before it is compiled.
     """
-    found = _loss(fn, weight, kw, {}, per_device)
+    found = _loss(fn, weight, kw, ("labels", "weights"), per_device=per_device)
     relates = "weights" in found.given
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
         loss = found.at(ctx.step)
         weights = batch["weights"]
         logits = cut(loss.name, student.logits, vocabulary)
-        pair = (logits,) if loss.alone else (logits, _teachers(loss.name, logits, teacher, vocabulary))
+        pair = cleaned((logits,) if loss.alone else (logits, _teachers(loss.name, logits, teacher, vocabulary)), weights)
 
-        def value(targets: jax.Array) -> jax.Array:
-            values = loss.call(*pair, **({"labels": targets} if "labels" in loss.given else {}))
+        def value(labels: dict[str, jax.Array]) -> jax.Array:
+            values = loss.call(*pair, **labels)
             if values.shape != logits.shape[:-1]:
                 raise ValueError(
                     f"{loss.name} returned {list(values.shape)} for logits {list(logits.shape)}; return a value for each item, "
@@ -132,13 +145,34 @@ def on_logits(
 
         if relates:
             items = weights.reshape(weights.shape + (1,) * (logits.ndim - 1 - weights.ndim))
-            return _across(ctx, loss, pair, jnp.broadcast_to(items, logits.shape[:-1]), weights, per_device)
-        if "labels" not in loss.given or "mix" not in batch:
-            return Mean.of(value(batch["targets"]), weights)
-        mix = batch["mix"].reshape(batch["mix"].shape + (1,) * (logits.ndim - 1 - batch["mix"].ndim))
-        return Mean.of(mix * value(batch["targets"]) + (1 - mix) * value(batch["targets_b"]), weights)
+            return _across(ctx, loss, pair, jnp.broadcast_to(items, logits.shape[:-1]), batch, per_device)
+        return Mean.of(of_targets(loss, value, batch), weights)
 
     return Term(lambda key, student, teacher: ({}, {}), apply, relates_examples=relates, schedules=found.schedules)
+
+
+def cleaned(arrays: Any, weights: jax.Array) -> Any:
+    """Arrays [B, ...] with 0 for what is NaN or infinite at weight 0: its slope times 0 would be NaN.
+
+    By items where an array begins with the axes of the weights, else by whole examples.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        at = weights if x.shape[: weights.ndim] == weights.shape else weights.reshape(len(weights), -1).max(axis=1)
+        return jnp.where((at > 0).reshape(at.shape + (1,) * (x.ndim - at.ndim)) | jnp.isfinite(x), x, 0)
+
+    return jax.tree.map(one, arrays)
+
+
+def of_targets(loss: _Loss, value: Callable[[dict[str, jax.Array]], jax.Array], batch: Batch) -> jax.Array:
+    """value({"labels": targets}) or, if the loss takes no labels, value({}); where targets were mixed, that of both, mixed."""
+    if "labels" not in loss.given:
+        return value({})
+    values = value({"labels": batch["targets"]})
+    if "mix" not in batch:
+        return values
+    mix = batch["mix"].reshape(batch["mix"].shape + (1,) * (values.ndim - batch["mix"].ndim))
+    return mix * values + (1 - mix) * value({"labels": batch["targets_b"]})
 
 
 def cut(name: str, x: jax.Array, vocabulary: int | None) -> jax.Array:
@@ -178,19 +212,22 @@ def _across(
     loss: _Loss,
     pair: tuple[Any, ...],
     items: jax.Array,
-    weights: jax.Array,
+    batch: Batch,
     per_device: bool,
     own: Params | None = None,
 ) -> Mean:
     """One number over the global batch, counted once for each unit of weight, as a mean of items would be."""
+    labels, weights = {"labels": batch["targets"]} if "labels" in loss.given else {}, batch["weights"]
+    if labels and "mix" in batch:
+        raise ValueError(f"{loss.name} relates examples by their labels, and each has two mixed ones here; leave mixing out")
     if not per_device:
-        pair, items = ctx.all_gather((pair, items))
+        pair, items, labels = ctx.all_gather((pair, items, labels))
     elif collectives.split_by_compiler():
         raise ValueError(
             f"{loss.name} has per_device=True, and here the compiler splits the batch, where no device has examples of its own; "
             "take the executor replicated or pmap on a mesh of data alone, or leave per_device out"
         )
-    value = loss.call(*pair, weights=items, **(own or {}))
+    value = loss.call(*pair, weights=items, **labels, **(own or {}))
     if value.shape:
         raise ValueError(f"{loss.name} takes `weights` and returned {list(value.shape)}; it must return one number")
     return Mean.of(jnp.broadcast_to(loss.weight * value, weights.shape), weights)
