@@ -144,7 +144,7 @@ def trained(blobs):
             "the loss term 'hint': the student has no feature 'finale'; the nearest are final, ",
         ),
         ("train", ["--config.seed=4294967296"], "config.seed is 4294967296; expected an int in [0, 4294967296)"),
-        ("compress", ["--config.pretrained=none"], "none has no manifest.json"),
+        ("compress", ["--config.pretrained=none"], "none is not there; give the folder of an export"),
         ("train", ["--config=cifar_resnet"], "give --config.data.source=images:<file.parquet or folder>"),
         (
             "train",

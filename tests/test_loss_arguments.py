@@ -116,9 +116,22 @@ def test_arguments_without_a_default_are_given_too():
     np.testing.assert_allclose(found, average(np.square(x[0] - x[1]).sum((1, 2)) / T), rtol=1e-5)
 
 
+class Named:
+    features = ("a",)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
+        (lambda: losses.on_features(distill.vid, FEATURES), "vid cannot be called .* 'log_variance'; give arguments by name"),
+        (lambda: losses.on_features(distill.review_kd, FEATURES, together=True), "review_kd cannot be called .* 'fusion'"),
+        (lambda: losses.on_logits(lambda s: s), "cannot be called with what student and teacher give: too many"),
+        (lambda: losses.on_features(distill.hint, ["a"]), r"hint was given the layers \['a'\]; name them as"),
+        (lambda: losses.on_features(distill.hint, distill.auto).bind(Named, Named), "the layers of hint are no map of"),
+        (lambda: losses.on_features(distill.hint, lambda s, t: None).bind(Named, Named), "the layers of hint are no map of"),
+        (lambda: distill.crd_term({"a": "a"}, examples=9), "crd: a feature is {'a': 'a'}; give the names"),
+        (lambda: distill.crd_term("b", "a", examples=9).bind(Named, Named), "the student has no feature 'b'; the nearest are a"),
+        (lambda: applied(losses.on_logits(lambda s, t: None)), "returned NoneType; expected an array"),
         (lambda: losses.on_logits(lambda s, t, mask: s), "takes an argument 'mask', and here there is none"),
         (lambda: losses.on_head(lambda s, t, weights, chunks: s), "takes an argument 'weights', and here there is none"),
         (lambda: losses.on_features(lambda s, t, weights, mask: s, FEATURES), "takes weights and mask"),

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.special import log_softmax, logsumexp, softmax
 from bmjax import config as configs
 from bmjax import data, deploy, parallel
 from bmjax.data.dataset import stratified
-from bmjax.distill import Distill
+from bmjax.distill import Distill, Rollouts
 from bmjax.jobs import cache, common, evaluate
 from bmjax.jobs import train as jobs
 from bmjax.jobs.teachers import MeanTeacher, Teacher
@@ -235,6 +236,9 @@ def test_copies_differ_and_each_item_takes_one(source, tmp_path):
         (lambda: Teacher(pretrained="a", copies=2), "need no training"),
         (lambda: Teacher(pretrained="a,b", distill=Distill(chunked=True)), "set combine to logits, or"),
         (lambda: Teacher(), "a teacher needs pretrained"),
+        (lambda: Distill(hint_weight=1.0, layers="last", student_feature="a"), "leave student_feature and teacher_feature out"),
+        (lambda: Rollouts(prompt=3), "the rollout's fraction is 0, so nothing is sampled"),
+        (lambda: jobs.Config(teacher=Teacher(pretrained="a", distill=Distill(share=0.0))), "and teaches nothing; give one"),
         (lambda: Teacher(pretrained="a", export="ensemble"), "set generations to 2"),
         (lambda: Teacher(cached="a", generations=2), "one teacher that does not run"),
         (lambda: Teacher(pretrained="a", weights=(1.0,)), "of several teachers, and there is one"),
@@ -264,6 +268,42 @@ def test_a_path_with_a_comma_that_is_there_is_one_teacher(tmp_path):
     assert jax.device_count() == 8
 
 
-def test_a_cache_is_of_one_export():
-    with pytest.raises(ValueError, match="the teacher is a,b: a cache is of one export"):
-        cache.identity("a,b")
+def test_a_cache_is_of_one_export(source, tmp_path):
+    for make in (lambda: cache.identity("a,b"), lambda: cached(source, "a,b", tmp_path)):
+        with pytest.raises(ValueError, match="the teacher is a,b: a cache is of one export"):
+            make()
+
+
+def cached(source, teacher, workdir):
+    return cache.cache(configs.freeze(cache.Config(teacher=teacher, data=data.Data(source=source, batch=16))), workdir, "c")
+
+
+def test_a_run_does_not_go_on_with_another_teacher(source, exports, tmp_path):
+    shutil.copytree(exports[0], tmp_path / "teacher")
+    taught = config(source, teacher=Teacher(pretrained=str(tmp_path / "teacher"), distill=Distill(temperature=2.0)))
+    jobs.train(taught, tmp_path / "run", "c")
+    before = (tmp_path / "run" / jobs.RESULTS).read_bytes()
+    jobs.train(taught, tmp_path / "run", "c")  # the same is shown again
+    shutil.rmtree(tmp_path / "teacher")
+    shutil.copytree(exports[1], tmp_path / "teacher")
+    with pytest.raises(ValueError, match=r"holds a run of another teacher: the SHA-256 of .*teacher is .* restore the teacher"):
+        jobs.train(taught, tmp_path / "run", "c")
+    assert (tmp_path / "run" / jobs.RESULTS).read_bytes() == before
+
+
+def test_a_teacher_that_is_no_folder_and_one_below_the_home(source, exports, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    for name, words in (("file", "file is a file; give"), ("nowhere", "nowhere is not there; give the folder of an export")):
+        for make in (
+            lambda path: jobs.train(config(source, teacher=Teacher(pretrained=path)), tmp_path / "run", "c"),
+            lambda path: cached(source, path, tmp_path / "cache"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                make(str(tmp_path / name))
+    with pytest.raises(ValueError, match="file is a file; give the folder of a cache"):
+        data.open_cache(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"workdir .*file cannot be made"):
+        cached(source, str(exports[0]), tmp_path / "file")
+    monkeypatch.setenv("HOME", str(exports[0].parent))
+    assert cache.identity(f"~/{exports[0].name}") == cache.identity(str(exports[0]))
+    assert common.export_in(f"~/{exports[0].name}") == str(exports[0] / jobs.EXPORT)

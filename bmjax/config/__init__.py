@@ -11,7 +11,16 @@ dataclass by name: `--config.model=Residual --config.model.layers=2`.
 
 from bmjax.config.commandline import command, from_arguments, launch, launch_settings
 from bmjax.config.load import load
-from bmjax.config.record import check_workdir, difference, fingerprint, from_dict, read_resolved, to_dict, write_resolved
+from bmjax.config.record import (
+    check_workdir,
+    difference,
+    fingerprint,
+    from_dict,
+    make_workdir,
+    read_resolved,
+    to_dict,
+    write_resolved,
+)
 from bmjax.config.schema import above, at_least, elsewhere, field, freeze, groups, leaves, nearest, recorded, validate, within
 from bmjax.config.tracebacks import misfit
 
@@ -32,6 +41,7 @@ __all__ = [
     "launch_settings",
     "leaves",
     "load",
+    "make_workdir",
     "misfit",
     "nearest",
     "read_resolved",

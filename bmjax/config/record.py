@@ -15,7 +15,7 @@ from typing import Any
 from bmjax.config import kinds
 from bmjax.config.schema import is_config, validate
 
-RECORD, DATA = "config.json", "data_fingerprint"
+RECORD, DATA, TEACHERS = "config.json", "data_fingerprint", "teachers"
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -76,28 +76,34 @@ def _restored(value: Any, kind: Any, classes: Mapping[str, type]) -> Any:
     return value
 
 
-def check_workdir(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib.Path:
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Makes the folder where it is missing. Raises ValueError if that cannot be done, or it cannot be written to."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"workdir {workdir} cannot be made: {error.strerror}; choose another --workdir") from None
+    if not os.access(workdir, os.W_OK):
+        raise ValueError(f"workdir {workdir} cannot be written to; choose another --workdir")
+
+
+def check_workdir(config: Any, workdir: pathlib.Path, data: str = "", teachers: Mapping[str, str] | None = None) -> pathlib.Path:
     """Makes the folder where it is missing; returns the path of its config.json, which is of this config if it is there.
 
     Args:
         config: of the run.
         workdir: its folder.
         data: fingerprint of the data it is run on; "" if it has none.
+        teachers: {folder: SHA-256} of the finished teachers, or their cached outputs, that it learns from; None if not known.
 
     Raises:
         ValueError: the workdir holds a run of another config (names the first field that differs), of other code in the
-            config file or on other data, or it cannot be written to.
+            config file, on other data or of other teachers, or it cannot be written to.
     """
+    make_workdir(workdir)
     path = workdir / RECORD
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        there = read_resolved(workdir) if path.exists() else None
-    except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be made: {error.strerror}; choose another --workdir") from None
-    if not os.access(workdir, os.W_OK):
-        raise ValueError(f"workdir {workdir} cannot be written to; choose another --workdir")
-    if there is None:
+    if not path.exists():
         return path
+    there = read_resolved(workdir)
     known, advice = there.get(DATA, ""), "choose another --workdir or delete it"
     if found := difference(there, config):
         advice = f"restore the file, or {advice}" if found.startswith("with") else advice
@@ -107,6 +113,13 @@ def check_workdir(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib
             f"workdir {workdir} holds a run on other data: the fingerprint is {known[:12]} there, {data[:12]} here; "
             f"restore the data, or {advice}"
         )
+    for folder, now in (teachers or {}).items():
+        before = there.get(TEACHERS, {}).get(folder, now)
+        if before != now:
+            raise ValueError(
+                f"workdir {workdir} holds a run of another teacher: the SHA-256 of {folder} is {before[:12]} there, {now[:12]} "
+                f"here; restore the teacher, or {advice}"
+            )
     return path
 
 
@@ -123,7 +136,7 @@ def difference(there: Mapping[str, Any], config: Any) -> str:
     if before and now and before != now:
         edited = next(name for name in [*now, *before] if before.get(name) != now.get(name))
         return f"with another version of {edited}, which was edited since (its SHA-256 differs)"
-    known = {key: value for key, value in there.items() if key != DATA}
+    known = {key: value for key, value in there.items() if key not in (DATA, TEACHERS)}
     return f"of another config ({found})" if (found := _first_difference(known, here)) else ""
 
 
@@ -143,19 +156,20 @@ def read_resolved(workdir: pathlib.Path) -> dict[str, Any]:
     return found
 
 
-def write_resolved(config: Any, workdir: pathlib.Path, data: str = "") -> pathlib.Path:
+def write_resolved(config: Any, workdir: pathlib.Path, data: str = "", teachers: Mapping[str, str] | None = None) -> pathlib.Path:
     """Writes `workdir/config.json`, from which on the folder is this config's, unless it is there. Returns its path.
 
     Args:
-        config, workdir, data: as for `check_workdir`; the fingerprint stands under "data_fingerprint".
+        config, workdir, data, teachers: as for `check_workdir`; the last two stand under "data_fingerprint" and "teachers".
 
     Raises:
         ValueError: as `check_workdir`.
     """
-    path = check_workdir(config, workdir, data)
+    path = check_workdir(config, workdir, data, teachers)
     if not path.exists():
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps({**to_dict(config), **({DATA: data} if data else {})}, indent=2) + "\n")
+        made_of = {**({DATA: data} if data else {}), **({TEACHERS: dict(teachers)} if teachers else {})}
+        draft.write_text(json.dumps({**to_dict(config), **made_of}, indent=2) + "\n")
         draft.replace(path)
     return path
 

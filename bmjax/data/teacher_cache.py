@@ -111,11 +111,16 @@ def open_cache(folder: str | os.PathLike[str]) -> TeacherCache:
         ValueError: it is no cache or not finished, or a file (the first one is named) is missing or altered.
     """
     folder = pathlib.Path(folder).expanduser()
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder of a cache")
     plan = read_plan(folder)
     if not (folder / manifest.NAME).is_file():
         there = sum((folder / plan.name(shard)).is_file() for shard in range(plan.shards))
         raise ValueError(f"the cache {folder} is not finished: {there} of {plan.shards} shards are there; {_AGAIN}")
-    about, files = manifest.read(folder)
+    try:
+        about, files = manifest.read(folder)
+    except ValueError:
+        raise ValueError(f"{folder / manifest.NAME} is damaged; {_AGAIN}") from None
     large = sum(entry["bytes"] for entry in files.values()) > FULL
     for name, expected in files.items():
         _check(folder, name, expected, content=not large or name == PLAN)

@@ -14,6 +14,7 @@ from bmjax.distill.cached import coarse as coarse
 from bmjax.distill.cached import on_top_k as on_top_k
 from bmjax.distill.cached import on_top_k_head as on_top_k_head
 from bmjax.distill.cached_objective import cached_terms as cached_terms
+from bmjax.distill.classes import OfClasses as OfClasses
 from bmjax.distill.consistency import consistency as consistency
 from bmjax.distill.contrast import crd as crd
 from bmjax.distill.contrast import crd_embedding as crd_embedding

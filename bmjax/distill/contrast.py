@@ -146,7 +146,10 @@ def crd_term(
         ValueError: a number out of its range, ids that are no integers; at init: no teacher; when traced: no batch["id"].
     """
     check_temperature(temperature)
-    known = np.arange(examples) if isinstance(examples, int) else np.unique(np.asarray(examples))
+    for feature in (student_feature, teacher_feature):
+        if not isinstance(feature, str):
+            raise ValueError(f"crd: a feature is {feature!r}; give the names of one of the student's and one of the teacher's")
+    known = np.arange(examples) if isinstance(examples, int | np.integer) else np.unique(np.asarray(examples))
     if not np.issubdtype(known.dtype, np.integer):
         raise ValueError(f"crd: examples is {known.dtype}; expected the integer ids of the examples, or their number")
     if len(known) < 2 or negatives < 1:

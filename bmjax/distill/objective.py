@@ -8,6 +8,7 @@ from typing import Any
 
 from bmjax import losses
 from bmjax.config import above, at_least, field, within
+from bmjax.data import Dataset
 from bmjax.distill import layer_map, vocabulary
 from bmjax.distill.consistency import consistency
 from bmjax.distill.decoupled import dkd
@@ -58,6 +59,8 @@ class Distill:
             layer_map.from_text(self.layers, self.part)
         if self.layers and not self.hints:
             raise ValueError(f"layers is {self.layers}, and hint_weight 0 takes none; give a hint_weight, or leave layers out")
+        if self.layers and (self.student_feature, self.teacher_feature) != ("final", "final"):
+            raise ValueError(f"layers is {self.layers}, which names the features; leave student_feature and teacher_feature out")
         if self.part and not self.layers:
             raise ValueError(f"part is {self.part}, which is of layers; give layers, such as uniform, or leave part out")
         if self.schedule != "linear" and not self.scheduled:
@@ -65,18 +68,23 @@ class Distill:
                 f"schedule is {self.schedule}, and nothing goes to an end; give share_end, temperature_end or hint_weight_end"
             )
 
-    def check_classes(self, classes: int) -> None:
-        """Raises ValueError if `vocabulary` leaves out some of the data's classes."""
-        if self.vocabulary is not None and self.vocabulary < classes:
+    def check_classes(self, dataset: Dataset) -> None:
+        """Raises ValueError if `vocabulary` leaves out some of the data's classes; of token ids some may be padding."""
+        if self.vocabulary is not None and dataset.kind == "classes" and self.vocabulary < dataset.classes:
             raise ValueError(
-                f"distill.vocabulary is {self.vocabulary}, and the data have {classes} classes, of which none is padding; give "
-                f"{classes} or more, or leave it out"
+                f"distill.vocabulary is {self.vocabulary}, and the data have {dataset.classes} classes, of which none is "
+                f"padding; give {dataset.classes} or more, or leave it out"
             )
 
     @property
     def hints(self) -> bool:
         """Whether features are matched at some step."""
         return self.hint_weight > 0 or (self.hint_weight_end or 0) > 0
+
+    @property
+    def teaches(self) -> bool:
+        """Whether anything is learned from the teacher at some step."""
+        return self.hints or self.share > 0 or (self.share_end or 0) > 0
 
     @property
     def seeks(self) -> bool:

@@ -108,6 +108,11 @@ class Rollouts:
     )
     stop: int | None = field(None, "token that ends a row; what follows does not count", check=at_least(0))
 
+    def validate(self) -> None:
+        """Raises ValueError if nothing is sampled, and something is said of how."""
+        if not self.on and self != type(self)(fraction=self.fraction, fraction_end=self.fraction_end):
+            raise ValueError("the rollout's fraction is 0, so nothing is sampled; give fraction, or leave the rest out")
+
     @property
     def on(self) -> bool:
         """Whether anything is sampled."""

@@ -26,13 +26,14 @@ def optional_kinds() -> dict[str, Callable[[], Any]]:
     return {"none": lambda: None, **kinds()}
 
 
-def build(model: Any, dataset: Dataset) -> Any:
+def build(model: Any, dataset: Dataset, classes: int | None = None) -> Any:
     """The network for a dataset.
 
     Args:
         model: a config with `build(shape, classes)`, or a function (shape, classes) -> Model: shape is that of one example's
             inputs, classes the number of classes or of tokens.
         dataset: what it is for.
+        classes: it was made for, or tokens, where those are not the data's; None takes the data's.
 
     Raises:
         ValueError: `model` is neither, or makes something that has no `init` and `apply`; the data has more token ids than the
@@ -41,7 +42,9 @@ def build(model: Any, dataset: Dataset) -> Any:
     make = getattr(model, "build", model)
     if not callable(make):
         raise ValueError(f"the model is {model!r}; expected a config with build(shape, classes), or a function of the two")
-    found = make(dataset.shape, dataset.classes)
+    if classes is not None and dataset.vocabulary:
+        dataset = dataclasses.replace(dataset, vocabulary=min(classes, dataset.vocabulary))
+    found = make(dataset.shape, classes or dataset.classes)
     if not (hasattr(found, "init") and hasattr(found, "apply")):
         raise ValueError(
             f"the model is made as {type(found).__name__}; expected a Model with init and apply (bmjax.models.adapters)"
@@ -94,19 +97,19 @@ def record(model: Any, net: Model, params: Params) -> dict[str, Any]:
     return {"model": configs.to_dict(model), "sizes": sizes}
 
 
-def rebuild(recorded: Mapping[str, Any], dataset: Dataset) -> Any:
-    """The network of a `record`, for a dataset.
+def rebuild(recorded: Mapping[str, Any], dataset: Dataset, classes: int | None = None) -> Any:
+    """The network of a `record`, for a dataset; `classes` as for `build`.
 
     Raises:
         ValueError: the record is of a config that is none of ours, or of another version's; as `build`.
     """
     if "ensemble" in recorded:
         how = {name: recorded[name] for name in ("weights", "space", "temperature")}
-        return distill.ensemble([rebuild(member, dataset) for member in recorded["ensemble"]], **how)
+        return distill.ensemble([rebuild(member, dataset, classes) for member in recorded["ensemble"]], **how)
     plain = recorded.get("model")
     if not isinstance(plain, Mapping) or plain.get("class") not in kinds():
         raise ValueError("it does not say what the model is (a function, or a config class that is not of bmjax.models)")
-    net = build(configs.from_dict(plain, kinds()), dataset)
+    net = build(configs.from_dict(plain, kinds()), dataset, classes)
     sizes = recorded.get("sizes")
     return net.resize(sizes) if sizes else net
 

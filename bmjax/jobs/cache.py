@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
+from bmjax import config as configs
 from bmjax import data, manifest, parallel
 from bmjax.config import at_least, field, within
 from bmjax.data.teacher_record import VALUES
 from bmjax.jobs import architecture, common
-from bmjax.jobs.common import EXPORT, Net
+from bmjax.jobs.common import Net
 from bmjax.train.run import Bench
 from bmjax.types import Batch, Params
 
@@ -65,6 +66,7 @@ def cache(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     Raises:
         ValueError: the teacher does not fit the data or the devices, its logits are NaN, or the folder is another cache's.
     """
+    configs.make_workdir(workdir)
     parallel.join(config.coordinator, config.processes, config.process)
     parallel.simulate(config.devices)
     dataset = data.load(config.data)
@@ -72,12 +74,11 @@ def cache(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     split: data.Split = getattr(dataset, config.split)
     parallel.check_batch(config.data.batch, mesh)
     bench = Bench(mesh, dataset, config.data, workdir, cast(Any, None), 0)  # nothing is logged
+    teacher = identity(config.teacher)
     net = common.load(bench, config.model, config.teacher)
     architecture.check_logits(net.model, bench.shapes(net.model), bench.example(), dataset.classes)
     layout = data.RecordLayout(min(config.k, dataset.classes), dataset.classes, config.values, config.temperatures)
-    plan = data.plan_cache(
-        config.teacher, identity(config.teacher), dataset, config.data, layout, split=config.split, shard_mib=config.shard
-    )
+    plan = data.plan_cache(config.teacher, teacher, dataset, config.data, layout, split=config.split, shard_mib=config.shard)
     index, count = jax.process_index(), jax.process_count()
     start = time.perf_counter()
     records = functools.partial(_records, bench, net, split, layout)
@@ -108,13 +109,19 @@ def identity(directory: str) -> str:
     Raises:
         ValueError: the folder is no export, nor a workdir that holds one, or several are given.
     """
-    if "," in directory and not pathlib.Path(directory).exists():
+    if "," in directory and not pathlib.Path(directory).expanduser().exists():
         raise ValueError(f"the teacher is {directory}: a cache is of one export; several as one are an export of generations")
-    inner = pathlib.Path(directory) / EXPORT
-    about, files = manifest.read(inner if inner.is_dir() else directory)
+    about, files = manifest.read(common.export_in(directory))
     hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     architecture_of = (about.get("metadata") or {}).get("architecture", {})
     return hashlib.sha256(json.dumps([hashes, architecture_of], sort_keys=True).encode()).hexdigest()
+
+
+def content(folder: str) -> str:
+    """SHA-256 of the records of a finished cache."""
+    files = manifest.read(pathlib.Path(folder).expanduser())[1]
+    hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".parquet")}
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def _records(bench: Bench, net: Net, split: data.Split, layout: data.RecordLayout, first: int, last: int) -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ import optax
 from absl import logging
 
 from bmjax import config as configs
-from bmjax import data, deploy, manifest, measure, parallel, trace, trees
+from bmjax import data, deploy, distill, manifest, measure, parallel, trace, trees
 from bmjax.config import at_least, field
 from bmjax.jobs import architecture
 from bmjax.losses import Schedule
@@ -89,13 +89,17 @@ def _unchanged(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
     return tx
 
 
-def record(config: Any, bench: Bench) -> None:
-    """Writes the config and the data's fingerprint to the workdir, which from then on is theirs; when a job's checks are done.
+def record(config: Any, bench: Bench, teachers: Mapping[str, str] | None = None) -> None:
+    """Writes the config and what the run is made of to the workdir, which from then on is theirs; when a job's checks are done.
+
+    Args:
+        config, bench: of the job.
+        teachers: as for `config.check_workdir`.
 
     Raises:
         ValueError: as `config.check_workdir`.
     """
-    configs.write_resolved(config, bench.directory, bench.dataset.fingerprint)
+    configs.write_resolved(config, bench.directory, bench.dataset.fingerprint, teachers)
 
 
 def problem(
@@ -205,34 +209,52 @@ def evaluate(
     return runs.evaluate(bench, logits(net), split, logits(teacher) if teacher else None)
 
 
-def load(bench: Bench, model: Any, directory: str) -> Net:
+def export_in(directory: str) -> str:
+    """The export that a folder is, or that it holds as a workdir.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    folder = pathlib.Path(directory).expanduser()
+    if not folder.is_dir():
+        found = "is a file" if folder.exists() else "is not there"
+        raise ValueError(f"{directory} {found}; give the folder of an export, or a workdir that holds one")
+    return str(folder / EXPORT if (folder / EXPORT).is_dir() else folder)
+
+
+def load(bench: Bench, model: Any, directory: str, *, vocabulary: int | None = None) -> Net:
     """A network whose parameters were exported, partitioned over the mesh.
 
     Args:
         bench: where.
-        model: the network; None takes the one that the export says it is of.
+        model: the network's config, as `architecture.build` takes it; None takes the one that the export says it is of.
         directory: of an export, or a workdir that holds one.
+        vocabulary: for a teacher, from which class on one of export and data only has padding; 0 if none was named. The network
+            has the data's classes then. None: the export must have them.
 
     Raises:
         ValueError: the export is altered, has other classes, does not say what it is of, or does not fit the model (names the
             first parameter that differs).
     """
-    inner = pathlib.Path(directory) / EXPORT
-    directory = str(inner) if inner.is_dir() else directory
-    about = manifest.verify(directory)
+    directory = export_in(directory)
+    about, here = manifest.verify(directory), bench.dataset.classes
     classes = about.get("classes")
     if classes is None:
         raise ValueError(f"{directory} is not an exported model; give the folder that an export wrote")
-    if classes != bench.dataset.classes:
+    if classes != here and not 0 < (vocabulary or 0) <= min(classes, here):
+        maybe = vocabulary is not None and (bench.dataset.kind == "tokens" or classes > here)
+        padded = f". If the larger only has padding at its end, distill.vocabulary={min(classes, here)} leaves that out"
         raise ValueError(
-            f"{directory} has {classes} classes and {bench.dataset.name} has {bench.dataset.classes}; "
-            "teacher and student need the same classes"
+            f"{directory} has {classes} classes and {bench.dataset.name} has {here}; "
+            f"teacher and student need the same classes{padded if maybe else ''}"
         )
     if model is None:
         try:
-            model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset)
+            model = architecture.rebuild(about["metadata"].get("architecture", {}), bench.dataset, classes)
         except ValueError as error:
             raise ValueError(f"the network of {directory} cannot be built: {error}; give its config as the model") from None
+    else:
+        model = architecture.build(model, bench.dataset, classes)
     params, state = deploy.map_params(directory), deploy.load_state(directory)
     expected, expected_state = jax.eval_shape(model.init, jax.random.key(0), bench.example())
     misfit = trees.first_difference(expected, params) or trees.first_difference(expected_state, state)
@@ -240,6 +262,8 @@ def load(bench: Bench, model: Any, directory: str) -> Net:
         raise ValueError(f"{directory} does not fit the model: {misfit}")
     if about["metadata"].get("data_fingerprint") != bench.dataset.fingerprint:
         logging.warning("%s was made on other data than %s, whose normalisation is used now", directory, bench.dataset.name)
+    if classes != here:
+        model = distill.OfClasses(model, here)
     placed = deploy.place(params, parallel.partition(params, runs.rules_of(model), bench.mesh))
     return Net(model, placed, jax.device_put(state, parallel.replicated(bench.mesh)))
 

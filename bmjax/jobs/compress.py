@@ -77,10 +77,10 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
         model = architecture.build(config.model, bench.dataset)
-        config.distill.check_classes(bench.dataset.classes)
+        config.distill.check_classes(bench.dataset)
         task = config.task.term(config.distill.chunked)
         plain, distilled = {"ce": (1.0, task)}, functools.partial(config.distill.terms, task)
-        given = common.load(bench, model, config.pretrained) if config.pretrained else None
+        given = common.load(bench, config.model, config.pretrained) if config.pretrained else None
         _check(config, bench, model, plain)
         common.record(config, bench)
         big = given or common.train(bench, "big", model, plain, config.big)

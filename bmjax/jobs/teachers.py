@@ -91,7 +91,7 @@ class Teacher:
     @property
     def folders(self) -> tuple[str, ...]:
         """The exports to load; a path that holds a comma and is there counts as one."""
-        if pathlib.Path(self.pretrained).exists():
+        if pathlib.Path(self.pretrained).expanduser().exists():
             return (self.pretrained,) if self.pretrained else ()
         return tuple(part.strip() for part in self.pretrained.split(",") if part.strip())
 
@@ -148,11 +148,12 @@ def prepare(bench: Bench, tutor: Teacher, model: Any, plain: Terms, run: Run) ->
     Raises:
         ValueError: as `common.load` and `common.check`.
     """
-    own: Any = None if tutor.model is None else architecture.build(tutor.model, bench.dataset)
     if tutor.folders:
-        loaded = [common.load(bench, own, folder) for folder in tutor.folders]
+        vocabulary = tutor.distill.vocabulary or 0
+        loaded = [common.load(bench, tutor.model, folder, vocabulary=vocabulary) for folder in tutor.folders]
         return _together(bench, tutor, dict(zip(_names(len(loaded)), loaded)))
-    net = Net(own or model, *bench.shapes(own or model))
+    own = model if tutor.model is None else architecture.build(tutor.model, bench.dataset)
+    net = Net(own, *bench.shapes(own))
     common.check(bench, net.model, plain, run)
     return _together(bench, tutor, dict.fromkeys(_names(tutor.copies), net))
 

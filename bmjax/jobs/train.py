@@ -70,6 +70,10 @@ class Config:
             if callable(function) and (wrong := configs.misfit(function, arguments)):
                 raise ValueError(f"config.{where}: {wrong}")
 
+        if self.teacher is not None and not self.terms and not self.teacher.distill.teaches:
+            raise ValueError(
+                "teacher.distill has share 0 and hint_weight 0 and teaches nothing; give one, or leave the teacher out"
+            )
         if isinstance(self.teacher, MeanTeacher) and self.run.ema:
             raise ValueError(
                 f"run.ema is {self.run.ema} and teacher.decay {self.teacher.decay}, which are the decay of one moving average; "
@@ -152,7 +156,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     """
     with common.bench(config, workdir) as bench:
         if config.teacher is not None:
-            config.teacher.distill.check_classes(bench.dataset.classes)
+            config.teacher.distill.check_classes(bench.dataset)
         model, tutor = architecture.build(config.model, bench.dataset), config.fixed
         bench, layout = _beside(bench, tutor) if tutor is not None and tutor.cached else (bench, None)
         plain, terms = config.objective(layout)
@@ -166,7 +170,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
             own = teachers.lowered(bench, Net(model, *bench.shapes(model)), tutor.precision)
             common.check(bench, model, terms, config.run, teacher=own, **how)
         _check_pruning(config, bench.shapes(model)[0])
-        common.record(config, bench)
+        common.record(config, bench, {} if tutor is None else _hashes(tutor))
         if tutor is not None and first is not None:
             first = teachers.train(bench, tutor, first, plain, run)
         students = _students(config, bench, model, layout, first and first.whole, how)
@@ -188,6 +192,13 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         }
         common.write_json(workdir / RESULTS, results)
         return results
+
+
+def _hashes(tutor: Teacher) -> dict[str, str]:
+    """{folder: SHA-256} of the exports that teach, or of the cache."""
+    if tutor.cached:
+        return {tutor.cached: cache.content(tutor.cached)}
+    return {folder: cache.identity(folder) for folder in tutor.folders}
 
 
 def _how(config: Config, bench: Bench, model: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -59,6 +60,8 @@ def on_features(
         raise ValueError(f"{loss.name} takes labels in the place of the teacher's features; put them behind both networks'")
     if not layers:
         raise ValueError(f"{loss.name} was given no layers; name them as {{student's: teacher's}}")
+    if not isinstance(layers, Mapping) and not callable(layers):
+        raise ValueError(f"{loss.name} was given the layers {layers!r}; name them as {{student's: teacher's}}")
     if project not in (None, "linear", "auto"):
         raise ValueError(f"{loss.name}: project is {project!r}; expected 'linear', 'auto' or None")
     if callable(layers):
@@ -105,7 +108,14 @@ def _once_known(loss: _Loss, layers: LayerMap, make: Callable[[Mapping[str, str]
     def bind(student: Any, teacher: Any) -> Term:
         if teacher is None:
             raise ValueError(f"the term {loss.name} needs a teacher; give the step one, or leave {loss.name} out")
-        term = make(layers(feature_names(student, "the student"), feature_names(teacher, "the teacher")))
+        names = feature_names(student, "the student"), feature_names(teacher, "the teacher")
+        found = layers(*names) if _takes(layers, 2) else None
+        if not isinstance(found, Mapping):
+            raise ValueError(
+                f"the layers of {loss.name} are no map of (the student's names, the teacher's) to {{student's: teacher's}}, as "
+                "distill.uniform() is"
+            )
+        term = make(found)
         bound: Term = term if term.bind is None else term.bind(student, teacher)
         return bound
 
@@ -113,6 +123,14 @@ def _once_known(loss: _Loss, layers: LayerMap, make: Callable[[Mapping[str, str]
         raise ValueError(f"the layers of {loss.name} are not known yet: take term.bind(student, teacher), as train.Problem does")
 
     return Term(early, early, relates_examples="weights" in loss.given, schedules=loss.schedules, bind=bind)
+
+
+def _takes(fn: Callable[..., Any], arguments: int) -> bool:
+    try:
+        inspect.signature(fn).bind(*[None] * arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def feature_names(model: Any, whose: str) -> tuple[str, ...]:

@@ -41,11 +41,10 @@ def on_head(
             at the first use: no teacher, a model that gives no head, vocabularies that differ, values of another shape than the
             items'.
     """
-    found = _loss(fn, weight, kw, ("labels",))
     if "chunks" not in inspect.signature(fn).parameters:
-        raise ValueError(
-            f"{found.name} takes no chunks, so it is no loss on heads; take one such as distill.vocabulary.kd, or on_logits"
-        )
+        name = getattr(fn, "__name__", fn)
+        raise ValueError(f"{name} takes no chunks, so it is no loss on heads; take one as distill.vocabulary.kd, or on_logits")
+    found = _loss(fn, weight, kw, ("labels",), further=("chunks",))
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
         loss = found.at(ctx.step)

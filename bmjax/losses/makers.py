@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bmjax.losses import schedules
 from bmjax.losses.schedules import Schedule
@@ -46,9 +47,9 @@ class _Loss(NamedTuple):
         return self._replace(weight=schedules.at(self.weight, step), kw={**self.kw, **numbers})
 
     def call(self, *args: Any, **more: Any) -> jax.Array:
-        """Raises ValueError if a scheduled argument is one that the function must know before it is compiled."""
+        """Raises ValueError if a scheduled argument is one that the function must know before it is compiled, or on no array."""
         try:
-            return self.fn(*args, **self.kw, **more)
+            found = self.fn(*args, **self.kw, **more)
         except jax.errors.ConcretizationTypeError:
             if not self.scheduled:
                 raise
@@ -56,6 +57,9 @@ class _Loss(NamedTuple):
                 f"{self.name} must know {' and '.join(self.scheduled)} before it is compiled; give it a number in place of the "
                 "schedule, or schedule the term's weight"
             ) from None
+        if not isinstance(found, jax.Array | np.ndarray | np.generic | int | float):
+            raise ValueError(f"{self.name} returned {type(found).__name__}; expected an array")
+        return jnp.asarray(found)
 
     @property
     def schedules(self) -> dict[str, Schedule]:
@@ -70,11 +74,13 @@ def _loss(
     gives: Collection[str],
     trained: Mapping[str, Any] | None = None,
     per_device: bool = False,
+    further: Collection[str] = (),
 ) -> _Loss:
     """Raises ValueError on numbers that are not finite, a bad temperature, arguments that the function does not take, and such as
-    it takes beside those that a maker `gives`.
+    it takes beside those that a maker `gives`, and `further` ones that it always gives.
     """
-    name, parameters = str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)), inspect.signature(fn).parameters
+    name, signature = str(getattr(getattr(fn, "func", fn), "__name__", type(fn).__name__)), inspect.signature(fn)
+    parameters = signature.parameters
     schedules.check(f"the weight of {name}", weight)
     names, fixed = [*parameters], {*kw, *(trained or {})}
     second = names[1] if len(names) > 1 else ""
@@ -94,6 +100,13 @@ def _loss(
         raise ValueError(f"{name} takes weights and mask; a loss relates examples or the positions of one, so take one of them")
     if per_device and "weights" not in given:
         raise ValueError(f"{name} sees items one by one, and per_device is for losses that relate examples; leave it out")
+    try:
+        signature.bind(*[None] * (1 if second == "labels" else 2), **dict.fromkeys({*given, *fixed, *further}))
+    except TypeError as error:
+        raise ValueError(
+            f"{name} cannot be called with what student and teacher give: {error}; give arguments by name, those that train as "
+            "trained={name: start}"
+        ) from None
     required = {key for key in given if parameters[key].default is inspect.Parameter.empty}
     return _Loss(name, fn, weight, kw, scheduled, frozenset(given), frozenset(required), second == "labels")
 

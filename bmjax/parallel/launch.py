@@ -7,6 +7,8 @@ import os
 import socket
 import time
 
+from absl import logging
+
 _CONNECT = 300  # seconds until the first process must answer
 _LEAVE = 7 * 24 * 3600  # seconds that a process which is done waits for the others; one that died is noticed after 100
 
@@ -68,6 +70,7 @@ def join(coordinator: str = "", processes: int = 1, process: int = 0) -> None:
     check_processes(coordinator, processes, process)
     if not coordinator:
         return
+    logging.info("process %d of %d waits at %s for the others, %d seconds at most", process, processes, coordinator, _CONNECT)
     if process > 0:
         _await(coordinator, process)
     import jax
