@@ -43,7 +43,7 @@ def on_head(
     """
     if "chunks" not in inspect.signature(fn).parameters:
         name = getattr(fn, "__name__", fn)
-        raise ValueError(f"{name} takes no chunks, so it is no loss on heads; take one such as distill.vocabulary.kd")
+        raise ValueError(f"{name} takes no chunks, so is none on heads; take one such as distill.vocabulary.kd, or on_logits")
     found = _loss(fn, weight, kw, ("labels",), further=("chunks",))
 
     def apply(ctx: Context, student: Outputs, teacher: Outputs | None, batch: Batch) -> Mean:
