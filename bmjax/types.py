@@ -26,7 +26,10 @@ class Mean(NamedTuple):
 
     @classmethod
     def of(cls, values: jax.Array, weights: jax.Array) -> Mean:
-        """The Mean of per-item values; an item of weight 0 cannot poison it, nor its gradient.
+        """The Mean of per-item values; the value of an item of weight 0 cannot poison it, and has the gradient 0.
+
+        What the value was made of may still be NaN there, and so its slope, which 0 does not undo: the makers of terms, such as
+        `losses.on_logits`, replace that first.
 
         Args:
             values: [...] float.
