@@ -118,3 +118,28 @@ def test_one_that_was_not_named_is_refused(exports, tmp_path):
                 teachers.prepare(bench, tutor, None, {}, None)
             with pytest.raises(ValueError, match=r"need the same classes$"):
                 common.load(bench, None, str(folder / "300"))
+
+
+def test_the_student_samples_no_padding_and_data_hold_none(exports, tmp_path):
+    text, _ = exports
+    with common.bench(jobs.Config(data=settings(text, 300)), tmp_path) as bench:
+        model = NET.build((8,), 300)
+        params = jax.jit(model.init)(jax.random.key(0), bench.example())[0]
+        params["embed"]["embedding"] = params["embed"]["embedding"].at[110:].multiply(50.0)  # padding is what it likes best
+        batch = {name: jnp.asarray(x) for name, x in bench.dataset.train.take(np.arange(8)).items()}
+        drawn = [
+            distill.on_policy(4, vocabulary=vocabulary, temperature=temperature)(
+                model, params, batch, jax.random.key(0), jnp.int32(0)
+            )
+            for vocabulary, temperature in ((0, 1.0), (110, 1.0), (110, 0.0))
+        ]
+        sampled = [np.asarray(found["targets"][:, 4:]) for found in drawn]
+        assert sampled[0].max() >= 110 > max(x.max() for x in sampled[1:])
+        assert bench.dataset.within(300) is bench.dataset
+        narrow = bench.dataset.within(110)  # "n" is 110
+        assert narrow.fingerprint == bench.dataset.fingerprint
+        with pytest.raises(ValueError, match="a batch holds the id 122, which is outside the vocabulary of 110; correct"):
+            narrow.train.take(np.arange(8))
+    for vocabulary in (-1, 301):
+        with pytest.raises(ValueError, match=f"vocabulary is {vocabulary}; expected 0"):
+            distill.on_policy(4, vocabulary=vocabulary)(model, params, batch, jax.random.key(0), jnp.int32(0))

@@ -224,6 +224,9 @@ make = functools.partial(distill.crd_term, examples=EXAMPLES)
     ("wrong", "words"),
     [
         (lambda: distill.crd(S, T, temperature=0.0), "the distillation temperature is 0.0; expected a number above 0"),
+        (lambda: distill.crd(S, T[:1]), "crd: the student has 5 examples and the teacher 1; they must agree"),
+        (lambda: distill.crd(S, T[:3]), "crd: the student has 5 examples and the teacher 3; they must agree"),
+        (lambda: distill.crd_term(examples=np.array([0, 2**31])), "the ids of the examples are 0 to 2147483648; expected int32"),
         (lambda: distill.crd(S, T[:, :3]), r"crd: the student's embeddings are \[5, 4\] and the teacher's \[5, 3\]; give"),
         (lambda: make(temperature=-1.0), "the distillation temperature is -1.0"),
         (lambda: distill.crd_term(examples=np.ones(3)), "crd: examples is float64; expected the integer ids"),

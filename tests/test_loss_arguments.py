@@ -120,12 +120,37 @@ class Named:
     features = ("a",)
 
 
+def test_what_a_partial_has_bound_stays():
+    fn = lambda s, t, labels: jnp.sum(jnp.square(s - t), axis=-1) * labels
+    bound = functools.partial(fn, labels=jnp.full(B, 100))
+    gap = np.square(LOGITS[0] - LOGITS[1]).sum(-1)
+    np.testing.assert_allclose(applied(losses.on_logits(bound))[0], 100 * average(gap), rtol=1e-5)
+    np.testing.assert_allclose(applied(losses.on_logits(fn))[0], average(gap * LABELS), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: losses.on_features(distill.vid, FEATURES), "vid cannot be called .* 'log_variance'; give arguments by name"),
         (lambda: losses.on_features(distill.review_kd, FEATURES, together=True), "review_kd cannot be called .* 'fusion'"),
         (lambda: losses.on_logits(lambda s: s), "cannot be called with what student and teacher give: too many"),
+        (lambda: losses.on_features(distill.hint, {1: 2}), r"hint was given the layers {1: 2}; name them as"),
+        (
+            lambda: losses.on_features(distill.vid, FEATURES, trained={"log_variance": 3}),
+            "'log_variance' as 3; give a",
+        ),
+        (
+            lambda: losses.on_features(distill.vid, FEATURES, trained={"log_variance": distill.vid_variance}, log_variance=X[0]),
+            "vid was given 'log_variance' twice",
+        ),
+        (
+            lambda: applied(losses.on_features(distill.rkd, FEATURES), (normal(B, 2, T, T),) * 2, batch=TOKENS),
+            r"rkd compares items with the weights \[8, 3\], and a feature is \[8, 2, 3, 3\]",
+        ),
+        (
+            lambda: distill.vocabulary.dkd((X[0], X[0][:5, :1], None), (X[1], X[1][:5, :1], None), LABELS),
+            "heads have 1 class",
+        ),
         (lambda: losses.on_features(distill.hint, ["a"]), r"hint was given the layers \['a'\]; name them as"),
         (lambda: losses.on_features(distill.hint, distill.auto).bind(Named, Named), "the layers of hint are no map of"),
         (lambda: losses.on_features(distill.hint, lambda s, t: None).bind(Named, Named), "the layers of hint are no map of"),
@@ -194,6 +219,12 @@ def test_positions_that_are_masked_may_be_nan(fn):
     (want, slope), (value, found) = by(s, t), by(spoilt(s), spoilt(t))
     np.testing.assert_allclose(value, want, rtol=1e-6)
     np.testing.assert_allclose(found, slope, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("fn", [distill.attention_relation, distill.value_relation, distill.attention_scores])
+def test_a_teacher_that_is_nan_where_it_counts_is_no_lesson_learned(fn):
+    shape = (2, T, 2, 4) if fn is distill.value_relation else (2, 2, T, T)
+    assert np.isnan(fn(normal(*shape), np.full(shape, np.nan, np.float32)))
 
 
 def test_labels_beyond_the_classes_have_no_virtual_teacher():

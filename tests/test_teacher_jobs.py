@@ -12,10 +12,10 @@ from safetensors.numpy import load_file
 from scipy.special import log_softmax, logsumexp, softmax
 
 from bmjax import config as configs
-from bmjax import data, deploy, parallel
+from bmjax import data, deploy, distill, parallel
 from bmjax.data.dataset import stratified
-from bmjax.distill import Distill, Rollouts
-from bmjax.jobs import cache, common, evaluate
+from bmjax.distill import Distill
+from bmjax.jobs import cache, common, evaluate, teachers
 from bmjax.jobs import train as jobs
 from bmjax.jobs.teachers import MeanTeacher, Teacher
 from bmjax.models import Plain
@@ -237,8 +237,6 @@ def test_copies_differ_and_each_item_takes_one(source, tmp_path):
         (lambda: Teacher(pretrained="a,b", distill=Distill(chunked=True)), "set combine to logits, or"),
         (lambda: Teacher(), "a teacher needs pretrained"),
         (lambda: Distill(hint_weight=1.0, layers="last", student_feature="a"), "leave student_feature and teacher_feature out"),
-        (lambda: Rollouts(prompt=3), "the rollout's fraction is 0, so nothing is sampled"),
-        (lambda: jobs.Config(teacher=Teacher(pretrained="a", distill=Distill(share=0.0))), "and teaches nothing; give one"),
         (lambda: Teacher(pretrained="a", export="ensemble"), "set generations to 2"),
         (lambda: Teacher(cached="a", generations=2), "one teacher that does not run"),
         (lambda: Teacher(pretrained="a", weights=(1.0,)), "of several teachers, and there is one"),
@@ -289,6 +287,28 @@ def test_a_run_does_not_go_on_with_another_teacher(source, exports, tmp_path):
     with pytest.raises(ValueError, match=r"holds a run of another teacher: the SHA-256 of .*teacher is .* restore the teacher"):
         jobs.train(taught, tmp_path / "run", "c")
     assert (tmp_path / "run" / jobs.RESULTS).read_bytes() == before
+
+
+def test_an_ensemble_of_more_classes_is_softened_too():
+    net = common.Net(distill.OfClasses(distill.ensemble([Plain(hidden=(4,)).build((6,), 5)] * 2), 3), {}, {})
+    softened = teachers._softened(net, 4.0).model
+    assert (softened.classes, softened.model.temperature) == (3, 4.0)
+    alone = net._replace(model=net.model.model.models[0])
+    assert teachers._softened(alone, 4.0) is alone
+
+
+def test_a_teacher_that_teaches_nothing_is_told_of(source, exports, tmp_path, caplog, monkeypatch):
+    class CheckedError(Exception):
+        pass
+
+    def checked(*_):
+        raise CheckedError
+
+    monkeypatch.setattr(common, "record", checked)
+    baseline = config(source, teacher=Teacher(pretrained=str(exports[0]), distill=Distill(share=0.0)))
+    with caplog.at_level("WARNING"), pytest.raises(CheckedError):
+        jobs.train(baseline, tmp_path / "run", "c")
+    assert "the teacher teaches nothing" in caplog.text
 
 
 def test_a_teacher_that_is_no_folder_and_one_below_the_home(source, exports, tmp_path, monkeypatch):

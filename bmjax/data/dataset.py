@@ -81,7 +81,8 @@ def _check_ids(arrays: Sequence[np.ndarray], vocabulary: int) -> None:
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
         raise ValueError(
-            f"a batch holds the id {wrong}, which is outside the vocabulary of {vocabulary}; correct data.vocabulary"
+            f"a batch holds the id {wrong}, which is outside the vocabulary of {vocabulary}; correct data.vocabulary, or what "
+            "is called padding"
         )
 
 
@@ -116,6 +117,13 @@ class Dataset:
     kind: str = "classes"
     vocabulary: int = 0
     bytes_note: str = ""
+
+    def within(self, vocabulary: int) -> Dataset:
+        """The same tokens, of which `Split.take` refuses those that are not below `vocabulary`; classes as they are."""
+        if self.kind != "tokens" or vocabulary >= self.vocabulary:
+            return self
+        splits = {name: dataclasses.replace(getattr(self, name), vocabulary=vocabulary) for name in SPLITS}
+        return dataclasses.replace(self, **splits)
 
     @property
     def classes(self) -> int:

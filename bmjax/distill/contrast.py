@@ -51,6 +51,8 @@ def crd(
         ValueError: a temperature that is not above 0, another number of examples, or widths that differ without an embedding.
     """
     check_temperature(temperature)
+    if len(s) != len(t):
+        raise ValueError(f"crd: the student has {len(s)} examples and the teacher {len(t)}; they must agree")
     weights = jnp.ones(len(s)) if weights is None else weights
     s, t = cleaned((s, t), weights)
     s, t = embedded(s, t, embedding)
@@ -152,6 +154,8 @@ def crd_term(
     known = np.arange(examples) if isinstance(examples, int | np.integer) else np.unique(np.asarray(examples))
     if not np.issubdtype(known.dtype, np.integer):
         raise ValueError(f"crd: examples is {known.dtype}; expected the integer ids of the examples, or their number")
+    if len(known) and not -(2**31) <= known[0] <= known[-1] < 2**31:
+        raise ValueError(f"crd: the ids of the examples are {known[0]} to {known[-1]}; expected int32")
     if len(known) < 2 or negatives < 1:
         raise ValueError(f"crd: {negatives} negatives of {len(known)} examples; expected 1 or more, of 2 or more")
     if not 0 <= momentum < 1:

@@ -28,6 +28,7 @@ def on_policy(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: int | None = None,
+    vocabulary: int = 0,
 ) -> Rollout:
     """The rollout that puts the student's samples in the place of some rows (Agarwal et al. 2024, algorithm 1).
 
@@ -41,7 +42,7 @@ def on_policy(
         prompt: tokens of each row to continue; a batch may have fewer, by its "prompt_lengths".
         fraction: expected fraction of rows that are sampled, lambda of the paper; an optax schedule follows the step.
         temperature: of sampling; 0 takes the likeliest token.
-        top_k, top_p, stop: as in `models.generate`.
+        top_k, top_p, stop, vocabulary: as in `models.generate`.
 
     Returns:
         (model, params, batch, key, step) -> the batch with other "inputs", "targets" and "weights" [B, T], and "sampled" [B].
@@ -64,6 +65,7 @@ def on_policy(
             raise ValueError(f"a rollout continues tokens [B, T]; the inputs are {shape}: take a language model, or fraction 0")
         sample_key, coin_key = jax.random.split(key)
         settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
+        settings["vocabulary"] = vocabulary
         own = models.rollout(model, params, batch, sample_key, prompt=prompt, **settings)
         coins = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(coin_key, i)))(batch["id"])
         sampled = coins < losses.schedules.at(fraction, step)
@@ -108,21 +110,16 @@ class Rollouts:
     )
     stop: int | None = field(None, "token that ends a row; what follows does not count", check=at_least(0))
 
-    def validate(self) -> None:
-        """Raises ValueError if nothing is sampled, and something is said of how."""
-        if not self.on and self != type(self)(fraction=self.fraction, fraction_end=self.fraction_end):
-            raise ValueError("the rollout's fraction is 0, so nothing is sampled; give fraction, or leave the rest out")
-
     @property
     def on(self) -> bool:
         """Whether anything is sampled."""
         return self.fraction > 0 or (self.fraction_end or 0) > 0
 
-    def build(self, steps: int) -> Rollout | None:
-        """The rollout for a run of `steps` updates, or None."""
+    def build(self, steps: int, vocabulary: int = 0) -> Rollout | None:
+        """The rollout for a run of `steps` updates, or None; `vocabulary` as for `on_policy`."""
         if not self.on:
             return None
         end = self.fraction_end
         fraction = self.fraction if end is None else losses.ramp(self.fraction, end, steps)
         settings: dict[str, Any] = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "stop": self.stop}
-        return on_policy(self.prompt, fraction, **settings)
+        return on_policy(self.prompt, fraction, vocabulary=vocabulary, **settings)

@@ -79,7 +79,7 @@ def attention_scores(s: jax.Array, t: jax.Array, mask: jax.Array | None = None) 
     """
     s, t = _scores("attention_scores", s, t)
     kept = _kept("attention_scores", t, mask)
-    pairs = (kept[:, None, :, None] & kept[:, None, None, :]) & (s > _MASKED) & (t > _MASKED)
+    pairs = (kept[:, None, :, None] & kept[:, None, None, :]) & ~(s <= _MASKED) & ~(t <= _MASKED)  # NaN is not masked
     gap = jnp.square(jnp.where(pairs, s, 0.0) - jnp.where(pairs, t, 0.0))
     return jnp.mean(jnp.sum(gap, (1, 2, 3)) / jnp.maximum(jnp.sum(pairs, (1, 2, 3)), 1))
 
@@ -115,7 +115,7 @@ def _kept(name: str, scores: jax.Array, mask: jax.Array | None) -> jax.Array:
     kept = jnp.ones((len(scores), scores.shape[-1]), bool) if mask is None else mask
     if kept.shape != (len(scores), scores.shape[-1]):
         raise ValueError(f"{name}: a mask {list(kept.shape)} for scores {list(scores.shape)}; expected [B, T]")
-    return kept & (jnp.diagonal(scores, axis1=-2, axis2=-1) > _MASKED).any(axis=1)
+    return kept & ~(jnp.diagonal(scores, axis1=-2, axis2=-1) <= _MASKED).all(axis=1)  # NaN is not masked
 
 
 def _over_queries(values: jax.Array, kept: jax.Array) -> jax.Array:

@@ -164,6 +164,8 @@ def dkd(
 ) -> jax.Array:
     """`distill.dkd` of two heads: T^2 (alpha TCKD + beta NCKD). As for `kd`; labels [...] int in [0, V)."""
     check_temperature(temperature)
+    if student[1].shape[-1] < 2:
+        raise ValueError("dkd: the heads have 1 class; expected 2 or more")
     there = (labels >= 0) & (labels < student[1].shape[-1])
     labels = jnp.where(there, labels, 0)  # an ignored one must not reach the gradient of its item
     others = head_divergence(_forward, student, teacher, temperature, chunks, without=labels, name="dkd")

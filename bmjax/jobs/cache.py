@@ -104,17 +104,10 @@ def cache(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
 
 
 def identity(directory: str) -> str:
-    """SHA-256 of what an exported teacher is: its parameters, its state and its architecture, not the folder or the date.
-
-    Raises:
-        ValueError: the folder is no export, nor a workdir that holds one, or several are given.
-    """
+    """`common.identity` of a teacher to cache. Raises ValueError as it does, and if several are given."""
     if "," in directory and not pathlib.Path(directory).expanduser().exists():
         raise ValueError(f"the teacher is {directory}: a cache is of one export; several as one are an export of generations")
-    about, files = manifest.read(common.export_in(directory))
-    hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-    architecture_of = (about.get("metadata") or {}).get("architecture", {})
-    return hashlib.sha256(json.dumps([hashes, architecture_of], sort_keys=True).encode()).hexdigest()
+    return common.identity(directory)
 
 
 def content(folder: str) -> str:

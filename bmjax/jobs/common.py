@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import sys
@@ -220,6 +221,18 @@ def export_in(directory: str) -> str:
         found = "is a file" if folder.exists() else "is not there"
         raise ValueError(f"{directory} {found}; give the folder of an export, or a workdir that holds one")
     return str(folder / EXPORT if (folder / EXPORT).is_dir() else folder)
+
+
+def identity(directory: str) -> str:
+    """SHA-256 of what an exported network is: its parameters, its state and its architecture, not the folder or the date.
+
+    Raises:
+        ValueError: the folder is no export, nor a workdir that holds one.
+    """
+    about, files = manifest.read(export_in(directory))
+    hashes = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    architecture_of = (about.get("metadata") or {}).get("architecture", {})
+    return hashlib.sha256(json.dumps([hashes, architecture_of], sort_keys=True).encode()).hexdigest()
 
 
 def load(bench: Bench, model: Any, directory: str, *, vocabulary: int | None = None) -> Net:

@@ -73,17 +73,21 @@ def compress(config: Config, workdir: pathlib.Path, command: str) -> dict[str, A
         ValueError: the config does not fit the data or the devices, the workdir holds another config's run, or training diverged.
     """
     with common.bench(config, workdir) as bench:
-        if (workdir / RESULTS).exists():
+        finished = (workdir / RESULTS).exists()
+        there = config.pretrained and (not finished or pathlib.Path(config.pretrained).expanduser().is_dir())
+        given = {config.pretrained: common.identity(config.pretrained)} if there else {}
+        configs.check_workdir(config, workdir, bench.dataset.fingerprint, given)
+        if finished:
             logging.info("%s is finished already; its report is shown again", workdir)
             return json.loads((workdir / RESULTS).read_text(encoding="utf-8"))
         model = architecture.build(config.model, bench.dataset)
         config.distill.check_classes(bench.dataset)
         task = config.task.term(config.distill.chunked)
         plain, distilled = {"ce": (1.0, task)}, functools.partial(config.distill.terms, task)
-        given = common.load(bench, config.model, config.pretrained) if config.pretrained else None
+        pretrained = common.load(bench, config.model, config.pretrained) if config.pretrained else None
         _check(config, bench, model, plain)
-        common.record(config, bench)
-        big = given or common.train(bench, "big", model, plain, config.big)
+        common.record(config, bench, given)
+        big = pretrained or common.train(bench, "big", model, plain, config.big)
         analysis = analyse(bench, big)
         sensitivity = measure_sensitivity(bench, big, analysis)
         terms = distilled(config.prune.run.steps)

@@ -195,6 +195,9 @@ def _names(number: int) -> list[str]:
 
 def _softened(net: Net, temperature: float) -> Net:
     """An ensemble averages softened probabilities, exported as one or given as several; any other network as it is."""
+    if isinstance(net.model, distill.OfClasses):
+        inner = _softened(net._replace(model=net.model.model), temperature)
+        return net._replace(model=dataclasses.replace(net.model, model=inner.model))
     if not isinstance(net.model, distill.Ensemble):
         return net
     return net._replace(model=dataclasses.replace(net.model, temperature=temperature))

@@ -70,10 +70,6 @@ class Config:
             if callable(function) and (wrong := configs.misfit(function, arguments)):
                 raise ValueError(f"config.{where}: {wrong}")
 
-        if self.teacher is not None and not self.terms and not self.teacher.distill.teaches:
-            raise ValueError(
-                "teacher.distill has share 0 and hint_weight 0 and teaches nothing; give one, or leave the teacher out"
-            )
         if isinstance(self.teacher, MeanTeacher) and self.run.ema:
             raise ValueError(
                 f"run.ema is {self.run.ema} and teacher.decay {self.teacher.decay}, which are the decay of one moving average; "
@@ -156,7 +152,7 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
     """
     with common.bench(config, workdir) as bench:
         if config.teacher is not None:
-            config.teacher.distill.check_classes(bench.dataset)
+            bench = _taught(bench, config)
         model, tutor = architecture.build(config.model, bench.dataset), config.fixed
         bench, layout = _beside(bench, tutor) if tutor is not None and tutor.cached else (bench, None)
         plain, terms = config.objective(layout)
@@ -194,19 +190,33 @@ def train(config: Config, workdir: pathlib.Path, command: str) -> dict[str, Any]
         return results
 
 
+def _taught(bench: Bench, config: Config) -> Bench:
+    """The bench whose batches may hold no token that the distillation takes for padding; a teacher may have no row for it.
+
+    Raises:
+        ValueError: as `Distill.check_classes`.
+    """
+    settings, dataset = config.teacher.distill, bench.dataset  # type: ignore[union-attr]  # asked with a teacher only
+    settings.check_classes(dataset)
+    if not settings.teaches and not config.terms:
+        logging.warning("distill.share and hint_weight are 0: the teacher teaches nothing")
+    return dataclasses.replace(bench, dataset=dataset.within(settings.vocabulary) if settings.vocabulary else dataset)
+
+
 def _hashes(tutor: Teacher) -> dict[str, str]:
     """{folder: SHA-256} of the exports that teach, or of the cache."""
     if tutor.cached:
         return {tutor.cached: cache.content(tutor.cached)}
-    return {folder: cache.identity(folder) for folder in tutor.folders}
+    return {folder: common.identity(folder) for folder in tutor.folders}
 
 
 def _how(config: Config, bench: Bench, model: Any) -> dict[str, Any]:
     """What a student's training takes beside its objective, as arguments of `common.train`."""
+    tutor = config.fixed
     return {
         "wrap": functools.partial(config.wrap, sides=sides(config, model, bench.shapes(model), bench.example())),
         "views": (*config.views, *config.prune.views),  # masks come last, so that what is hidden is exactly zero
-        "rollout": None if config.fixed is None else config.fixed.rollout.build(config.run.steps),
+        "rollout": None if tutor is None else tutor.rollout.build(config.run.steps, tutor.distill.vocabulary or 0),
         "decay": config.teacher.decay if isinstance(config.teacher, MeanTeacher) else None,
     }
 

@@ -60,7 +60,8 @@ def on_features(
         raise ValueError(f"{loss.name} takes labels in the place of the teacher's features; put them behind both networks'")
     if not layers:
         raise ValueError(f"{loss.name} was given no layers; name them as {{student's: teacher's}}")
-    if not isinstance(layers, Mapping) and not callable(layers):
+    named = isinstance(layers, Mapping) and all(isinstance(name, str) for pair in layers.items() for name in pair)
+    if not callable(layers) and not named:
         raise ValueError(f"{loss.name} was given the layers {layers!r}; name them as {{student's: teacher's}}")
     if project not in (None, "linear", "auto"):
         raise ValueError(f"{loss.name}: project is {project!r}; expected 'linear', 'auto' or None")
@@ -214,6 +215,8 @@ def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], batch: Batch, per
     if "weights" in loss.given:
         # A padded position is 0 in both networks; an example counts by the mean weight of its positions.
         at = lambda x: weights.reshape(weights.shape + (1,) * (x.ndim - weights.ndim)) > 0
+        if weights.ndim > 1:
+            _check_items(loss, pair, weights)
         kept = cleaned(pair, weights) if weights.ndim == 1 else jax.tree.map(lambda x: jnp.where(at(x), x, 0), pair)
         return _across(ctx, loss, kept, by_example.mean(-1), batch, per_device, own)
     if "mask" in loss.given:
@@ -222,12 +225,7 @@ def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], batch: Batch, per
         values = of_targets(loss, lambda labels: _one_by_one(loss, pair, {**given, **labels}, own, 1), batch)
         values = jnp.broadcast_to(values.reshape(values.shape + (1,) * (weights.ndim - 1)), weights.shape)
         return Mean.of(loss.weight * values, weights)
-    for x in jax.tree.leaves(pair):
-        if x.shape[: weights.ndim] != weights.shape:
-            raise ValueError(
-                f"{loss.name} compares items with the weights {list(weights.shape)}, and a feature is {list(x.shape)}; its first "
-                "axes must be those of the weights"
-            )
+    _check_items(loss, pair, weights)
     pair = cleaned(pair, weights)
 
     def value(labels: dict[str, jax.Array]) -> jax.Array:
@@ -239,6 +237,16 @@ def _on_pair(ctx: Context, loss: _Loss, pair: tuple[Any, Any], batch: Batch, per
 
     values = of_targets(loss, value, batch)
     return Mean.of(loss.weight * values, weights)
+
+
+def _check_items(loss: _Loss, pair: tuple[Any, Any], weights: jax.Array) -> None:
+    """Raises ValueError unless features begin with the axes of the weights."""
+    for x in jax.tree.leaves(pair):
+        if x.shape[: weights.ndim] != weights.shape:
+            raise ValueError(
+                f"{loss.name} compares items with the weights {list(weights.shape)}, and a feature is {list(x.shape)}; its first "
+                "axes must be those of the weights"
+            )
 
 
 def _one_by_one(loss: _Loss, pair: tuple[Any, Any], given: dict[str, Any], own: Params, axes: int) -> jax.Array:

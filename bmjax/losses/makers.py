@@ -13,6 +13,7 @@ What is not finite at weight 0 is 0: a teacher that is NaN on padding reaches no
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -83,6 +84,11 @@ def _loss(
     parameters = signature.parameters
     schedules.check(f"the weight of {name}", weight)
     names, fixed = [*parameters], {*kw, *(trained or {})}
+    if twice := sorted({*kw} & {*(trained or {})}):
+        raise ValueError(f"{name} was given {twice[0]!r} twice, as an argument and in trained; leave one out")
+    for key, start in (trained or {}).items():
+        if not callable(start):
+            raise ValueError(f"{name}: trained has {key!r} as {start!r}; give a function (key, student feature, teacher feature)")
     second = names[1] if len(names) > 1 else ""
     free = [key for key in names[2:] if key not in ("weights", "mask", "labels")]
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -93,7 +99,8 @@ def _loss(
         if key in scheduled or isinstance(value, int | float):
             temperature = key == "temperature"
             schedules.check("the distillation temperature" if temperature else f"{key} of {name}", value, positive=temperature)
-    given = _GIVEN & {*names} - fixed
+    bound = {*getattr(fn, "keywords", ())} if isinstance(fn, functools.partial) else set()
+    given = _GIVEN & {*names} - fixed - bound
     if missing := sorted(given - {*gives}):
         raise ValueError(f"{name} takes an argument {missing[0]!r}, and here there is none; a loss is given {' or '.join(gives)}")
     if {"weights", "mask"} <= given:
@@ -171,6 +178,8 @@ def cleaned(arrays: Any, weights: jax.Array) -> Any:
     """
 
     def one(x: jax.Array) -> jax.Array:
+        if len(x) != len(weights):
+            return x  # which the loss is to refuse
         at = weights if x.shape[: weights.ndim] == weights.shape else weights.reshape(len(weights), -1).max(axis=1)
         return jnp.where((at > 0).reshape(at.shape + (1,) * (x.ndim - at.ndim)) | jnp.isfinite(x), x, 0)
 

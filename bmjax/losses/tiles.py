@@ -268,4 +268,6 @@ def _logits(hidden: jax.Array, part: tuple[jax.Array, jax.Array | None]) -> jax.
 
 def _product(how: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Summed in float32, whatever is multiplied."""
+    if jax.default_backend() == "cpu":  # has no kernel for some products of bfloat16 with a sum in float32
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     return jnp.einsum(how, a, b, preferred_element_type=jnp.float32)

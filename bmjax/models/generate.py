@@ -38,6 +38,7 @@ class _Settings(NamedTuple):
     top_k: int
     nucleus: bool
     stop: int | None
+    vocabulary: int  # ids from this one on are never sampled; 0 for all
 
 
 def prefill(model: LinenModel, params: Params, prompt: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Params]:
@@ -107,13 +108,14 @@ def truncate(logits: jax.Array, top_k: int = 0, top_p: float | jax.Array | None 
 
 def _choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: jax.Array, settings: _Settings) -> jax.Array:
     """[B] int32: the next token of each row, from logits [B, V] and one key a row."""
+    logits = logits[:, : settings.vocabulary or None]
     if settings.greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / temperature
     draw = jax.vmap(jax.random.categorical)
     if not settings.top_k and not settings.nucleus:
         return draw(keys, logits).astype(jnp.int32)
-    values, tokens = truncate(logits, settings.top_k, top_p if settings.nucleus else None)
+    values, tokens = truncate(logits, min(settings.top_k, logits.shape[-1]), top_p if settings.nucleus else None)
     return jnp.take_along_axis(tokens, draw(keys, values)[:, None], axis=1)[:, 0]
 
 
@@ -171,6 +173,7 @@ def generate(
     prompt_lengths: Any = None,
     stop: int | None = None,
     ids: Any = None,
+    vocabulary: int = 0,
 ) -> Generated:
     """Continues each prompt by `steps` tokens. Pure: it may be called inside `jit`, with prompt, lengths, ids and key traced.
 
@@ -186,12 +189,14 @@ def generate(
         prompt_lengths: [B] int, of each prompt; None if all are P long.
         stop: token that ends a row.
         ids: [B] int; a row's samples follow the key and its id, and not its place. None for 0, 1, ...
+        vocabulary: tokens from this one on are padding and never sampled; 0 if none are.
 
     Raises:
         ValueError: one of these is out of its range; of traced arrays only the shapes are checked.
     """
     prompt = prompt if isinstance(prompt, jax.Array) else np.asarray(prompt)
-    settings = _Settings(steps, temperature == 0, 0 if temperature == 0 else top_k, temperature != 0 and top_p < 1, stop)
+    kept, nucleus = 0 if temperature == 0 else top_k, temperature != 0 and top_p < 1
+    settings = _Settings(steps, temperature == 0, kept, nucleus, stop, vocabulary)
     _check(model, prompt, settings, key, temperature, top_k, top_p)
     rows, longest = prompt.shape
     lengths = jnp.full(rows, longest, jnp.int32) if prompt_lengths is None else prompt_lengths
@@ -227,6 +232,8 @@ def _check(
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
     if not 0 <= top_k <= module.vocabulary:
         raise ValueError(f"top_k is {top_k}; expected 0 (all tokens) up to the vocabulary of {module.vocabulary}")
+    if not 0 <= settings.vocabulary <= module.vocabulary:
+        raise ValueError(f"vocabulary is {settings.vocabulary}; expected 0 (all tokens) up to the model's {module.vocabulary}")
     if stop is not None and not 0 <= stop < module.vocabulary:
         raise ValueError(f"stop is {stop}; expected a token in [0, {module.vocabulary - 1}]")
     if temperature > 0 and key is None:
@@ -256,6 +263,7 @@ def rollout(
     top_k: int = 0,
     top_p: float = 1.0,
     stop: int | None = None,
+    vocabulary: int = 0,
 ) -> dict[str, jax.Array]:
     """A batch on the model's own samples, as on-policy distillation trains on (Agarwal et al. 2024, GKD).
 
@@ -269,7 +277,7 @@ def rollout(
             stays without).
         key: PRNG key.
         prompt: tokens of each row to continue, below T + 1.
-        temperature, top_k, top_p, stop: as in `generate`.
+        temperature, top_k, top_p, stop, vocabulary: as in `generate`.
 
     Returns:
         The batch with other "inputs" [B, T] int32, "targets" [B, T] int32 and "weights" [B, T] float32.
@@ -295,6 +303,7 @@ def rollout(
         prompt_lengths=starts,
         stop=stop,
         ids=batch.get("id"),
+        vocabulary=vocabulary,
     )
     # Where each place of the row of T + 1 tokens comes from: the prompt, then the samples, then padding without weight.
     place = jnp.arange(length + 1) - starts[:, None]
