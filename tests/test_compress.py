@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -308,7 +309,9 @@ def classifier(source, tmp_path_factory):
 
 
 def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
-    export, known = classifier
+    trained, known = classifier
+    export = tmp_path.with_name("given")
+    shutil.copytree(trained, export)
     settings = config(source(False), Plain(hidden=(24, 12)), mesh="data=8", ratios=(2.0,), pretrained=str(export))
     results = jobs.compress(settings, tmp_path, "c")
     models = named(results)
@@ -326,6 +329,14 @@ def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
     said = "was given as it is, trained elsewhere; the small model and the baselines were trained without augmentation."
     assert said in results["notes"][-1] and said in (tmp_path / jobs.REPORT).read_text()
     check_curve(results["sensitivity"], export, data.load(settings.data).valid.take(slice(None)))
+    recorded = json.loads((tmp_path / "config.json").read_text())
+    assert recorded["teachers"] == {str(export): common.identity(str(trained))}
+    recorded["teachers"][str(export)] = "0" * 64
+    (tmp_path / "config.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match=r"holds a run of another pretrained network: the SHA-256 of .*given is 000000000000 there"):
+        jobs.compress(settings, tmp_path, "c")
+    shutil.rmtree(export)
+    assert named(jobs.compress(settings, tmp_path, "c")) == named(json.loads(json.dumps(results)))  # finished, and shown again
 
 
 def check_curve(curves, export, valid):

@@ -284,7 +284,7 @@ def test_a_run_does_not_go_on_with_another_teacher(source, exports, tmp_path):
     jobs.train(taught, tmp_path / "run", "c")  # the same is shown again
     shutil.rmtree(tmp_path / "teacher")
     shutil.copytree(exports[1], tmp_path / "teacher")
-    with pytest.raises(ValueError, match=r"holds a run of another teacher: the SHA-256 of .*teacher is .* restore the teacher"):
+    with pytest.raises(ValueError, match=r"holds a run of another pretrained network: the SHA-256 of .*teacher is .* restore it"):
         jobs.train(taught, tmp_path / "run", "c")
     assert (tmp_path / "run" / jobs.RESULTS).read_bytes() == before
 

@@ -93,7 +93,8 @@ def check_workdir(config: Any, workdir: pathlib.Path, data: str = "", teachers: 
         config: of the run.
         workdir: its folder.
         data: fingerprint of the data it is run on; "" if it has none.
-        teachers: {folder: SHA-256} of the finished teachers, or their cached outputs, that it learns from; None if not known.
+        teachers: {folder: SHA-256} of the networks that it begins with or learns from, or of their cached outputs; None if not
+            known.
 
     Raises:
         ValueError: the workdir holds a run of another config (names the first field that differs), of other code in the
@@ -117,8 +118,8 @@ def check_workdir(config: Any, workdir: pathlib.Path, data: str = "", teachers: 
         before = there.get(TEACHERS, {}).get(folder, now)
         if before != now:
             raise ValueError(
-                f"workdir {workdir} holds a run of another teacher: the SHA-256 of {folder} is {before[:12]} there, {now[:12]} "
-                f"here; restore the teacher, or {advice}"
+                f"workdir {workdir} holds a run of another pretrained network: the SHA-256 of {folder} is {before[:12]} there, "
+                f"{now[:12]} here; restore it, or {advice}"
             )
     return path
 
