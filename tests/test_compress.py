@@ -333,7 +333,7 @@ def test_a_plain_classifier_from_an_export(source, classifier, tmp_path):
     assert recorded["teachers"] == {str(export): common.identity(str(trained))}
     recorded["teachers"][str(export)] = "0" * 64
     (tmp_path / "config.json").write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match=r"holds a run of another pretrained network: the SHA-256 of .*given is 000000000000 there"):
+    with pytest.raises(ValueError, match=r"of another pretrained network: the SHA-256 of .*given is 000000000000 there"):
         jobs.compress(settings, tmp_path, "c")
     shutil.rmtree(export)
     assert named(jobs.compress(settings, tmp_path, "c")) == named(json.loads(json.dumps(results)))  # finished, and shown again

@@ -485,7 +485,7 @@ def test_the_record_holds_code_and_data_and_both_are_compared(tmp_path):
     cfg.write_resolved(config, tmp_path / "taught", "d1" * 32, taught)
     cfg.check_workdir(config, tmp_path / "taught", "d1" * 32, taught)
     cfg.check_workdir(config, tmp_path / "taught", "d1" * 32)  # before the teachers are known
-    with pytest.raises(ValueError, match=r"of another pretrained network: the SHA-256 of runs/big is a1a1a1a1a1a1 there, b2b2b2b2b2b2 here"):
+    with pytest.raises(ValueError, match=r"network: the SHA-256 of runs/big is a1a1a1a1a1a1 there, b2b2b2b2b2b2 here"):
         cfg.check_workdir(config, tmp_path / "taught", "d1" * 32, {"runs/big": "b2" * 32})
     with pytest.raises(ValueError, match=r"another version of b\.py, which was edited since"):
         cfg.check_workdir(Chosen(code={"a.py": "1", "b.py": "3"}), tmp_path, "d1" * 32)
