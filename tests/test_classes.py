@@ -140,6 +140,11 @@ def test_the_student_samples_no_padding_and_data_hold_none(exports, tmp_path):
         assert narrow.fingerprint == bench.dataset.fingerprint
         with pytest.raises(ValueError, match="a batch holds the id 122, which is outside the vocabulary of 110; correct"):
             narrow.train.take(np.arange(8))
-    for vocabulary in (-1, 301):
-        with pytest.raises(ValueError, match=f"vocabulary is {vocabulary}; expected 0"):
-            distill.on_policy(4, vocabulary=vocabulary)(model, params, batch, jax.random.key(0), jnp.int32(0))
+    for how, words in (
+        ({"vocabulary": -1}, "vocabulary is -1; expected 0"),
+        ({"vocabulary": 301}, "vocabulary is 301; expected 0"),
+        ({"vocabulary": 110, "stop": 110}, r"stop is 110; expected a token in \[0, 109\]"),
+        ({"vocabulary": 110, "top_k": 111}, "top_k is 111; expected 0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            distill.on_policy(4, **how)(model, params, batch, jax.random.key(0), jnp.int32(0))

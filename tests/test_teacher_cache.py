@@ -279,7 +279,8 @@ def test_what_a_reader_minds(made, blobs):
 
 
 def test_another_tokenizer_is_named(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     paths = []
     for name, order in (("a", "abcd"), ("b", "dcba")):
         model = tokenizers.models.WordLevel({letter: i for i, letter in enumerate(order)}, unk_token="a")

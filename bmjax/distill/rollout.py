@@ -64,9 +64,8 @@ def on_policy(
             shape = list(jnp.shape(batch["inputs"]))
             raise ValueError(f"a rollout continues tokens [B, T]; the inputs are {shape}: take a language model, or fraction 0")
         sample_key, coin_key = jax.random.split(key)
-        settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop}
-        settings["vocabulary"] = vocabulary
-        own = models.rollout(model, params, batch, sample_key, prompt=prompt, **settings)
+        how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop, "vocabulary": vocabulary}
+        own = models.rollout(model, params, batch, sample_key, prompt=prompt, **how)
         coins = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(coin_key, i)))(batch["id"])
         sampled = coins < losses.schedules.at(fraction, step)
         weights = jnp.ones(len(sampled)) if batch.get("weights") is None else batch["weights"]

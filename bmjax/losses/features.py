@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
+from bmjax.config import misfit
 from bmjax.losses.makers import _across, _Loss, _loss, cleaned, of_targets
 from bmjax.losses.schedules import Schedule
 from bmjax.types import Batch, Context, Mean, Outputs, Params, Term
@@ -110,7 +110,7 @@ def _once_known(loss: _Loss, layers: LayerMap, make: Callable[[Mapping[str, str]
         if teacher is None:
             raise ValueError(f"the term {loss.name} needs a teacher; give the step one, or leave {loss.name} out")
         names = feature_names(student, "the student"), feature_names(teacher, "the teacher")
-        found = layers(*names) if _takes(layers, 2) else None
+        found = None if misfit(layers, ("the student's names", "the teacher's")) else layers(*names)
         if not isinstance(found, Mapping):
             raise ValueError(
                 f"the layers of {loss.name} are no map of (the student's names, the teacher's) to {{student's: teacher's}}, as "
@@ -124,14 +124,6 @@ def _once_known(loss: _Loss, layers: LayerMap, make: Callable[[Mapping[str, str]
         raise ValueError(f"the layers of {loss.name} are not known yet: take term.bind(student, teacher), as train.Problem does")
 
     return Term(early, early, relates_examples="weights" in loss.given, schedules=loss.schedules, bind=bind)
-
-
-def _takes(fn: Callable[..., Any], arguments: int) -> bool:
-    try:
-        inspect.signature(fn).bind(*[None] * arguments)
-    except TypeError:
-        return False
-    return True
 
 
 def feature_names(model: Any, whose: str) -> tuple[str, ...]:

@@ -115,7 +115,7 @@ def _choose(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_p: j
     draw = jax.vmap(jax.random.categorical)
     if not settings.top_k and not settings.nucleus:
         return draw(keys, logits).astype(jnp.int32)
-    values, tokens = truncate(logits, min(settings.top_k, logits.shape[-1]), top_p if settings.nucleus else None)
+    values, tokens = truncate(logits, settings.top_k, top_p if settings.nucleus else None)
     return jnp.take_along_axis(tokens, draw(keys, values)[:, None], axis=1)[:, 0]
 
 
@@ -230,12 +230,13 @@ def _check(
         raise ValueError(f"temperature is {temperature}; expected 0 (the likeliest token) or a number above")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; expected a probability in (0, 1]")
-    if not 0 <= top_k <= module.vocabulary:
-        raise ValueError(f"top_k is {top_k}; expected 0 (all tokens) up to the vocabulary of {module.vocabulary}")
     if not 0 <= settings.vocabulary <= module.vocabulary:
         raise ValueError(f"vocabulary is {settings.vocabulary}; expected 0 (all tokens) up to the model's {module.vocabulary}")
-    if stop is not None and not 0 <= stop < module.vocabulary:
-        raise ValueError(f"stop is {stop}; expected a token in [0, {module.vocabulary - 1}]")
+    vocabulary = settings.vocabulary or module.vocabulary
+    if not 0 <= top_k <= vocabulary:
+        raise ValueError(f"top_k is {top_k}; expected 0 (all tokens) up to the vocabulary of {vocabulary}")
+    if stop is not None and not 0 <= stop < vocabulary:
+        raise ValueError(f"stop is {stop}; expected a token in [0, {vocabulary - 1}]")
     if temperature > 0 and key is None:
         raise ValueError(f"sampling at temperature {temperature} needs a key; give one, or temperature 0")
     _check_range("prompt", prompt, np.shape(prompt), 0, module.vocabulary - 1)
